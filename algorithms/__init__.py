@@ -1,0 +1,1 @@
+"""Pure functions over tensors: log-probs, KL, rewards, advantages, losses."""

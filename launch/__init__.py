@@ -1,0 +1,1 @@
+"""The command line, the run's configuration and the drivers."""
