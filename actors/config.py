@@ -1,0 +1,156 @@
+"""Configuration of the roles. Imports no torch: the driver and `troupe check` read it in milliseconds.
+
+Each model here configures the class of the same stem in this folder: ``PolicyConfig`` the ``PolicyActor``,
+``RolloutConfig`` the ``RolloutActor``, and so on; ``ZeroConfig`` and ``OptimizerConfig`` the DeepSpeed engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.config import FrozenConfig, PlacementConfig, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ModelConfig(FrozenConfig):
+    """A Hugging Face model."""
+
+    path: str = Field(description="A folder in Hugging Face form, or a name on the Hugging Face hub.")
+    tokenizer: str | None = Field(None, description="Where the tokenizer is; none means beside the model.")
+    from_scratch: bool = Field(
+        False, description="Take only config.json and the tokenizer from `path` and draw random weights."
+    )
+    dtype: Dtype = Field("bfloat16", description="Precision of the weights in forward and backward.")
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = Field(
+        "sdpa", description="Transformers' attention implementation; flash_attention_2 needs a GPU."
+    )
+    trust_remote_code: bool = Field(False, description="Run the Python code that the model's repository carries.")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer is read from."""
+        return self.tokenizer or self.path
+
+
+class ZeroConfig(FrozenConfig):
+    """DeepSpeed ZeRO of a trained role."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="What is sharded over ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory.")
+    offload_params: bool = Field(False, description="Keep sharded weights in CPU memory (stage 3 only).")
+
+    @model_validator(mode="after")
+    def _offload_needs_stage(self) -> ZeroConfig:
+        if self.offload_params and self.stage != 3:
+            raise ValueError(f"offload_params needs stage 3, not stage {self.stage}")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3, not stage 0")
+        return self
+
+
+class ScheduleConfig(FrozenConfig):
+    """Learning-rate schedule over a run's optimizer updates."""
+
+    shape: Literal["constant", "linear", "cosine"] = Field("constant", description="How the rate falls after warm-up.")
+    warmup_fraction: Fraction = Field(0.0, description="Share of all updates over which the rate rises linearly.")
+    final_fraction: Fraction = Field(0.1, description="The last rate as a share of the peak (linear and cosine).")
+
+
+class OptimizerConfig(FrozenConfig):
+    """AdamW."""
+
+    learning_rate: PositiveFloat = Field(description="Peak learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Adam's decay rates.")
+    eps: PositiveFloat = Field(1e-5, description="Adam's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Global gradient norm above which gradients are scaled down.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="How the learning rate moves.")
+
+
+class TrainedRoleConfig(PlacementConfig):
+    """A role whose model DeepSpeed trains."""
+
+    model: ModelConfig = Field(description="The model it starts from.")
+    zero: ZeroConfig = Field(ZeroConfig(), description="How its state is sharded over its ranks.")
+    optimizer: OptimizerConfig = Field(description="How it learns.")
+    max_tokens_per_pack: PositiveInt = Field(
+        8192, description="Token budget of one packed micro-batch on one rank: the lever on memory. Gradients "
+        "accumulate over as many packs as the batch needs. On CPU about twice the longest sequence is fastest."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+
+
+class PolicyConfig(TrainedRoleConfig):
+    """The policy: any causal language model."""
+
+
+class CriticConfig(TrainedRoleConfig):
+    """The critic: a sequence-classification model with one label, usually the reward model."""
+
+
+class ScorerConfig(PlacementConfig):
+    """A role that only runs forward: the reference (a causal LM) or a reward model (one label)."""
+
+    model: ModelConfig = Field(description="The model it scores with.")
+    sharding: Literal["replicas", "zero3"] = Field(
+        "replicas", description="Each rank holds the whole model, or DeepSpeed ZeRO-3 spreads it over the ranks."
+    )
+    max_tokens_per_pack: PositiveInt = Field(8192, description="Token budget of one packed forward on one rank.")
+
+
+class ReferenceConfig(ScorerConfig):
+    """The reference: the model that the policy is held close to, usually the SFT model."""
+
+
+class RewardConfig(ScorerConfig):
+    """The reward model."""
+
+
+class SamplingConfig(FrozenConfig):
+    """How responses are drawn."""
+
+    max_response_tokens: PositiveInt = Field(description="Longest response; longer ones end with reason `length`.")
+    temperature: PositiveFloat = Field(1.0, description="Softmax temperature, in sampling and in every log-prob.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 keeps the distribution whole.")
+    top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a response, besides EOS.")
+    samples_per_prompt: PositiveInt = Field(1, description="Responses drawn for each prompt.")
+
+
+class RolloutConfig(PlacementConfig):
+    """vLLM engines that generate with the policy's weights: num_nodes * ranks_per_node engines, data parallel."""
+
+    sampling: SamplingConfig = Field(description="How responses are drawn.")
+    dtype: Dtype | None = Field(None, description="Precision in the engine; none means the policy's.")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs that one engine is spread over.")
+    max_model_tokens: PositiveInt | None = Field(
+        None, description="Longest prompt plus response that an engine takes; none means the model's context."
+    )
+    max_concurrent_sequences: PositiveInt = Field(256, description="Sequences that one engine decodes at a time.")
+    kv_cache_bytes: PositiveInt | None = Field(
+        None, description="Size of an engine's KV cache; none means 90 % of the GPU, or 256 MiB on CPU."
+    )
+    gpu_memory_fraction: Fraction = Field(0.9, description="Share of a GPU's memory that an engine takes.")
+    enforce_eager: bool = Field(False, description="Run without compilation and CUDA graphs; always so on CPU.")
+    prompts_in_flight_per_engine: PositiveInt = Field(
+        64, description="Prompts an engine holds at a time; the rest wait in the driver for the least loaded engine."
+    )
+    bucket_bytes: PositiveInt = Field(256 << 20, description="Weights travel to the engines in buckets of this size.")
+    weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = Field(
+        "auto",
+        description="How weights reach the engines: `shared_memory` on CPU, `nccl` between GPUs, `ipc` where policy "
+        "and engine share a GPU; `auto` chooses.",
+    )
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"tensor_parallel_size must be a power of two, not {value}")
+        return value

@@ -1,0 +1,77 @@
+"""Configuration of what comes in. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Frozen):
+    """One file, glob, folder or hub name."""
+
+    path: str = Field(
+        description="A file, a glob, any fsspec URL, or `hub:NAME` for a data set on the Hugging Face hub. "
+        "JSONL, JSON, Parquet, Arrow/Feather, CSV, plain text; .gz is read through."
+    )
+    weight: float = Field(1.0, gt=0, description="Share of this source in a mixture, relative to the others.")
+    split: str = Field("train", description="Split of a hub data set.")
+    columns: dict[str, str] = Field(
+        {}, description="Renames columns before the format is recognised: {prompt: question_text}."
+    )
+    limit_rows: PositiveInt | None = Field(None, description="Read only the first rows.")
+
+
+class DataConfig(_Frozen):
+    """The data of a run."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1, description="What is trained on: one source or a mixture.")
+    heldout: tuple[SourceConfig, ...] = Field((), description="What is evaluated on.")
+    heldout_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Where no held-out source is given: this share of the rows, taken by hash of the row."
+    )
+    max_tokens: PositiveInt = Field(description="Longest sequence (for prompts: longest prompt), in tokens.")
+    too_long: Literal["refuse", "skip", "truncate"] = Field(
+        "skip", description="Rows over max_tokens: end the run, leave out and count, or cut (examples at the end; "
+        "prompts are never cut)."
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="Rows that are not of the format: end the run naming file and line, or skip and count."
+    )
+    apply_chat_template: Literal["auto", "always", "never"] = Field(
+        "auto", description="Wrap prompts in the tokenizer's chat template: where it has one, always, or never."
+    )
+    learn_from: Literal["response", "everything"] = Field(
+        "response", description="SFT: tokens with loss are the responses (assistant turns), or all."
+    )
+    documents: Literal["packed", "separate"] = Field(
+        "packed", description="Pre-training: join documents with EOS into sequences of max_tokens that attend across "
+        "borders, or keep each document a sequence of its own."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_paths(cls, values: object) -> object:
+        """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` stand for sources of weight 1."""
+        if not isinstance(values, dict):
+            return values
+        out = dict(values)
+        for key in ("train", "heldout"):
+            value = out.get(key)
+            if isinstance(value, str | dict):
+                value = [value]
+            if isinstance(value, list | tuple):
+                out[key] = tuple({"path": v} if isinstance(v, str) else v for v in value)
+        return out
+
+    @model_validator(mode="after")
+    def _one_heldout(self) -> DataConfig:
+        if self.heldout and self.heldout_fraction:
+            raise ValueError("give heldout or heldout_fraction, not both")
+        return self
