@@ -13,9 +13,14 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 SCHEMA_VERSION = 1
 VERSION_KEY = b"troupe.schema_version"
@@ -115,22 +120,70 @@ def check_schema(batch: pa.RecordBatch | pa.Table, schema: pa.Schema) -> None:
     if not batch.schema.equals(schema, check_metadata=False):
         raise SchemaError(f"{name}: expected {schema.remove_metadata()}, got {batch.schema.remove_metadata()}")
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if column.null_count:
-            raise SchemaError(f"{name}: column {field.name} holds {column.null_count} nulls")
+        nulls = column.null_count
+        if pa.types.is_list(field.type):
+            chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+            nulls += sum(chunk.flatten().null_count for chunk in chunks)
+        if nulls:
+            raise SchemaError(f"{name}: column {field.name} holds {nulls} nulls")
 
 
-def require_same_rows(expected: Sequence[int] | pa.Array, batch: pa.RecordBatch | pa.Table) -> None:
+def require_same_rows(expected: Sequence[int] | pa.Array | pa.ChunkedArray, batch: pa.RecordBatch | pa.Table) -> None:
     """Refuse a column whose ``sample_id`` differ from ``expected`` in any position.
 
     Raises:
         SchemaError: naming the first position that differs.
     """
-    ids = batch.column("sample_id").to_pylist()
-    wanted = expected.to_pylist() if isinstance(expected, pa.Array | pa.ChunkedArray) else list(expected)
-    if ids == wanted:
+    ids, wanted = batch.column("sample_id").to_numpy(), as_int64(expected)
+    if np.array_equal(ids, wanted):
         return
     name = schema_name(batch.schema)
     if len(ids) != len(wanted):
         raise SchemaError(f"{name}: {len(ids)} rows where {len(wanted)} were expected")
-    at = next(i for i, (a, b) in enumerate(zip(ids, wanted, strict=True)) if a != b)
+    at = int(np.flatnonzero(ids != wanted)[0])
     raise SchemaError(f"{name}: row {at} is sample {ids[at]}, expected sample {wanted[at]}")
+
+
+def as_int64(ids: Sequence[int] | pa.Array | pa.ChunkedArray) -> Int64Array:
+    """Ids as a numpy array; shares memory with an Arrow array in one piece."""
+    return np.asarray(ids, dtype=np.int64)
+
+
+def make_batch(schema: pa.Schema, columns: Mapping[str, pa.Array | Sequence[object]]) -> pa.RecordBatch:
+    """A batch of ``schema`` from its columns, in any order, each an Arrow array or plain Python values.
+
+    An array that already has the column's type is taken as it is; others are converted. Metadata and
+    "not nullable" come from the schema, so what this returns passes ``check_schema``.
+
+    >>> make_batch(SCORES, {"sample_id": [4, 5], "score": [0.5, -1.0]}).num_rows
+    2
+
+    Raises:
+        SchemaError: a column is missing, unknown, of another type or length, or holds nulls.
+    """
+    name = schema_name(schema)
+    if set(columns) != set(schema.names):
+        raise SchemaError(f"{name}: has columns {schema.names}, got {sorted(columns)}")
+    arrays = []
+    for field in schema:
+        given = columns[field.name]
+        try:
+            # Arrow's own way to convert would copy lists whose inner field is merely called nullable.
+            arrays.append(_retyped(given, field.type) if isinstance(given, pa.Array) else pa.array(given, field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise SchemaError(f"{name}: column {field.name} is not {field.type}: {error}") from error
+    lengths = {key: len(array) for key, array in zip(schema.names, arrays, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise SchemaError(f"{name}: columns differ in length: {lengths}")
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    check_schema(batch, schema)
+    return batch
+
+
+def _retyped(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if array.type == kind:
+        return array
+    lists = pa.types.is_list(kind) and pa.types.is_list(array.type)
+    if lists and array.type.value_type == kind.value_type and not array.null_count:
+        return pa.ListArray.from_arrays(array.offsets, array.values, type=kind)
+    return array.cast(kind)
