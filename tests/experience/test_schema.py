@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import doctest
+
+import pyarrow as pa
+import pytest
+
+from experience import schema
+from experience.schema import ALL, PROMPTS, SCORES, VALUES, SchemaError, check_schema, make_batch, require_same_rows
+
+
+def scores(ids: list[int]) -> pa.RecordBatch:
+    return make_batch(SCORES, {"sample_id": ids, "score": [0.5] * len(ids)})
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(schema).failed == 0
+
+
+def test_every_schema_carries_its_version_and_name_and_no_nulls() -> None:
+    for name, known in ALL.items():
+        assert known.metadata[b"troupe.schema"].decode() == name
+        assert known.metadata[b"troupe.schema_version"] == b"1"
+        assert not any(field.nullable for field in known)
+        assert not any(field.type.value_field.nullable for field in known if pa.types.is_list(field.type))
+        check_schema(known.empty_table(), known)
+
+
+def test_make_batch_takes_arrays_as_they_are() -> None:
+    values = pa.array([[0.5], [1.5, 2.5]], pa.list_(pa.float32()))  # its inner field is called nullable
+    batch = make_batch(VALUES, {"values": values, "sample_id": [1, 2]})
+    assert batch.schema.equals(VALUES, check_metadata=True)
+    assert batch.column("values").values.buffers()[1].address == values.values.buffers()[1].address
+    assert make_batch(VALUES, {"values": values.slice(1), "sample_id": [2]}).to_pydict()["values"] == [[1.5, 2.5]]
+    assert make_batch(SCORES, {"sample_id": pa.array([1], pa.int32()), "score": [1]}).column("score")[0].as_py() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt_id": [1], "tokens": [[1]]}, r"prompts: has columns .* got \['prompt_id', 'tokens'\]"),
+        ({"prompt_id": [1], "tokens": [["x"]], "source": ["a"]}, "column tokens is not list"),
+        ({"prompt_id": [1], "tokens": [1], "source": ["a"]}, "column tokens is not list"),
+        ({"prompt_id": [2**63 - 1, 1], "tokens": [[1]], "source": ["a"]}, "columns differ in length"),
+        ({"prompt_id": [None], "tokens": [[1]], "source": ["a"]}, "column prompt_id holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": [[1, None]], "source": ["a"]}, "column tokens holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": pa.array([None], pa.list_(pa.int32())), "source": ["a"]}, "tokens holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": pa.array([["x"]]), "source": ["a"]}, "column tokens is not list"),
+    ],
+)
+def test_make_batch_refuses(columns: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        make_batch(PROMPTS, columns)
+
+
+def test_check_schema_says_what_differs() -> None:
+    batch = scores([1])
+    check_schema(batch, SCORES)
+    check_schema(pa.Table.from_batches([batch]), SCORES)
+    with pytest.raises(SchemaError, match="expected a batch of schema values, got one of scores"):
+        check_schema(batch, VALUES)
+    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 1"):
+        check_schema(batch.replace_schema_metadata(None), SCORES)
+    renamed = batch.rename_columns(["sample_id", "reward"]).replace_schema_metadata(SCORES.metadata)
+    with pytest.raises(SchemaError, match=r"(?s)scores: expected .*score: float not null, got .*reward"):
+        check_schema(renamed, SCORES)
+
+
+def test_require_same_rows() -> None:
+    for expected in ([3, 4], pa.array([3, 4]), pa.chunked_array([[3], [4]])):
+        require_same_rows(expected, scores([3, 4]))
+        require_same_rows(expected, pa.Table.from_batches([scores([3]), scores([4])]))
+        with pytest.raises(SchemaError, match="scores: row 1 is sample 9, expected sample 4"):
+            require_same_rows(expected, scores([3, 9]))
+        with pytest.raises(SchemaError, match="scores: 1 rows where 2 were expected"):
+            require_same_rows(expected, scores([3]))
+    require_same_rows([], scores([]))
