@@ -94,9 +94,32 @@ CREDIT = _schema(
     ("behaviour_logprobs", PER_TOKEN_FLOAT),
 )
 
+#: The ledger's rows: one a prompt. ``engine`` and ``policy_version`` are of its last dispatch, -1 where it has none;
+#: ``policy_version`` of a consumed prompt is the one that training on it started from. ``reason`` is of a drop.
+LEDGER = _schema(
+    "ledger",
+    ("prompt_id", pa.int64()),
+    ("state", pa.string()),
+    ("engine", pa.int32()),
+    ("num_dispatches", pa.int32()),
+    ("policy_version", pa.int32()),
+    ("reason", pa.string()),
+)
+
 ALL: dict[str, pa.Schema] = {
     schema.metadata[NAME_KEY].decode(): schema
-    for schema in (PROMPTS, EXAMPLES, COMPARISONS, ROLLOUT, REF_LOGPROBS, POLICY_LOGPROBS, VALUES, SCORES, CREDIT)
+    for schema in (
+        PROMPTS,
+        EXAMPLES,
+        COMPARISONS,
+        ROLLOUT,
+        REF_LOGPROBS,
+        POLICY_LOGPROBS,
+        VALUES,
+        SCORES,
+        CREDIT,
+        LEDGER,
+    )
 }
 
 
