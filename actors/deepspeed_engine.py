@@ -1,0 +1,301 @@
+"""The one file that knows DeepSpeed: a model sharded over a role's ranks, trained or run forward.
+
+Invariants:
+
+- ``deepspeed`` is imported, and the process group begun, only when an engine is constructed; the driver, which
+  imports role classes to name their methods, pays for neither.
+- Every method that touches weights is collective: all ranks call it, in the same order, with as many micro-batches.
+- Losses come already divided by the global token or sequence count, so the gradient is the plain sum over ranks and
+  micro-batches, whatever their number. DeepSpeed averages over ranks; ``step`` undoes that.
+- An update whose loss or gradient is not finite is refused on all ranks, and leaves the weights as they were.
+- A rank waits for the device once per update, not per micro-batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from actors.config import ScorerConfig, TrainedRoleConfig
+from actors.errors import RoleError, TrainingDiverged
+from actors.models import PREFIX, PackedModel, enable_gradient_checkpointing, save_model
+from actors.process_group import join_ranks, prepare_device
+from actors.zero_settings import forward_settings, training_settings
+from cluster.context import RankContext
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M")
+#: Maps a model and a micro-batch to a loss and metrics, both already divided by their global denominators.
+LossFunction = Callable[[nn.Module, M], tuple[Tensor, Mapping[str, Tensor]]]
+#: A metric whose name ends so is the largest over micro-batches and ranks; every other metric is summed.
+MAX_SUFFIX = "_max"
+
+_CHECKPOINT_TAG = "engine"
+
+
+class TrainEngine:
+    """One rank's share of a model in training."""
+
+    def __init__(self, model: PackedModel, context: RankContext, config: TrainedRoleConfig) -> None:
+        """Shard ``model`` (the same on every rank) over the ranks. Collective.
+
+        Raises:
+            RoleError: the ranks did not meet.
+        """
+        self._context = context
+        self._max_grad_norm = config.optimizer.max_grad_norm
+        self._device = join_ranks(context)
+        self._num_updates = 0
+        self._refused: str | None = None
+        self._grad_norm = 0.0
+        # Of all stages only this one leaves clipping and the check of the norm to the caller.
+        self._plain = config.zero.stage == 0 and config.model.dtype == "float32"
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        settings = training_settings(config, context)
+        groups = _parameter_groups(model, config.optimizer.weight_decay)
+        self._engine = _start_engine(model, settings, config.zero.stage == 3, groups)
+        self._model = model
+        self._optimizer: Any = self._engine.optimizer
+        self._sharded = config.zero.stage == 3
+        if self._plain:
+            self._optimizer.register_step_pre_hook(self._clip)
+
+    @property
+    def device(self) -> torch.device:
+        """Where micro-batches must be."""
+        return self._device
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates so far, those before a resume included."""
+        return self._num_updates
+
+    def step(
+        self, micro_batches: Sequence[M], loss_function: LossFunction[M], learning_rate: float, where: str = ""
+    ) -> dict[str, float]:
+        """One optimizer update over this rank's micro-batches. Collective; every rank gives equally many.
+
+        Args:
+            micro_batches: one forward and backward each; all their gradients add up.
+            loss_function: gives loss and metrics of one, both already divided by the global denominator.
+            learning_rate: of this update.
+            where: the place in the run, for the error ("iteration 3, minibatch 1").
+
+        Returns:
+            The metrics over all ranks (see ``MAX_SUFFIX``), with ``loss``, ``grad_norm`` (before clipping) and
+            ``learning_rate``.
+
+        Raises:
+            TrainingDiverged: loss or gradient is not finite; on all ranks, with the weights unchanged.
+        """
+        if self._refused:
+            raise TrainingDiverged(f"no update after the one that was refused: {self._refused}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        totals: dict[str, Tensor] = {}
+        for micro_batch in micro_batches:
+            loss, metrics = loss_function(self._engine, micro_batch)
+            # DeepSpeed divides the sum over ranks by their number; the losses are of the whole batch already.
+            self._engine.backward(loss * self._context.num_ranks, scale_wrt_gas=False)
+            _accumulate(totals, {"loss": loss.detach(), **metrics})
+        results = self._over_ranks(totals)
+        if not math.isfinite(results["loss"]):
+            self._refuse(f"the loss is {results['loss']}", where)
+        try:
+            self._engine.step()
+        except _GradientNotFinite:
+            self._refuse("the gradient holds values that are not finite", where)
+        if not self._engine.was_step_applied():
+            self._refuse("the gradient holds values that are not finite", where)
+        grad_norm = self._grad_norm if self._plain else float(self._engine.get_global_grad_norm())
+        self._num_updates += 1
+        return results | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def forward(self, micro_batches: Sequence[M], function: Callable[[nn.Module, M], Tensor]) -> list[Tensor]:
+        """``function(model, micro_batch)`` of each, without gradients. Collective where weights are sharded."""
+        with torch.no_grad():
+            return [function(self._engine, micro_batch) for micro_batch in micro_batches]
+
+    def reduce_sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over all ranks. Collective; every rank gives the same names in the same order."""
+        return self._over_ranks({name: torch.tensor(value, device=self._device) for name, value in values.items()})
+
+    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """All weights under their Hugging Face names, some at a time, each list about ``bucket_bytes`` in all.
+
+        Collective with sharded weights: every rank goes through all of them. The tensors of a list are the model's
+        own, and with sharded weights exist only until the next list is asked for: copy what is to be kept.
+        """
+        for names in _buckets(self._model, bucket_bytes):
+            parameters = [self._model.get_parameter(name) for name in names]
+            with self._gathered(parameters):
+                yield [
+                    (name.removeprefix(PREFIX), parameter.detach())
+                    for name, parameter in zip(names, parameters, strict=True)
+                ]
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer states, counters and this rank's random states into ``folder``. Collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
+        state: dict[str, object] = {
+            "num_ranks": self._context.num_ranks,
+            "num_updates": self._num_updates,
+            "torch": torch.get_rng_state(),
+        }
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        torch.save(state, folder / f"rank-{self._context.rank}.pt")
+        self.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote. Collective.
+
+        Raises:
+            RoleError: there is no checkpoint, or it is of another number of ranks.
+        """
+        own = folder / f"rank-{self._context.rank}.pt"
+        if not own.is_file():
+            raise RoleError(f"{self._context.role}: no checkpoint of rank {self._context.rank} in {folder}")
+        state = torch.load(own, weights_only=True)
+        if state["num_ranks"] != self._context.num_ranks:
+            raise RoleError(
+                f"{self._context.role}: the checkpoint in {folder} is of {state['num_ranks']} ranks, "
+                f"this run has {self._context.num_ranks}; resume with as many"
+            )
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        if path is None:
+            raise RoleError(f"{self._context.role}: DeepSpeed found no checkpoint in {folder}")
+        self._num_updates = state["num_updates"]
+        torch.set_rng_state(state["torch"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """Write the model and its tokenizer as a Hugging Face folder. Collective; the first rank writes."""
+        weights: dict[str, Tensor] = {}
+        for bucket in self.weights(256 << 20):
+            if self._context.rank == 0:
+                weights |= {name: tensor.to("cpu", copy=True) for name, tensor in bucket}
+        if self._context.rank == 0:
+            save_model(self._model, weights, folder, tokenizer)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        torch.distributed.barrier()
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        if not self._sharded:
+            return nullcontext()
+        import deepspeed  # loaded already, by the constructor
+
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
+
+    def _refuse(self, what: str, where: str) -> NoReturn:
+        self._refused = f"{self._context.role}: {what} ({where}); the update was not applied"
+        raise TrainingDiverged(self._refused)
+
+    def _clip(self, *_: object) -> None:
+        """Before the plain optimizer's step: clip the gradient, and refuse one that is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm)
+        self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):
+            raise _GradientNotFinite
+
+    def _over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        if not totals:
+            return {}
+        if self._context.num_ranks > 1:
+            for largest, operation in ((False, torch.distributed.ReduceOp.SUM), (True, torch.distributed.ReduceOp.MAX)):
+                names = [name for name in totals if name.endswith(MAX_SUFFIX) == largest]
+                if names:
+                    stacked = torch.stack([totals[name].detach().to(self._device, torch.float64) for name in names])
+                    torch.distributed.all_reduce(stacked, op=operation)
+                    totals = dict(totals) | dict(zip(names, stacked.unbind(), strict=True))
+        values = torch.stack([value.detach().to(self._device, torch.float64) for value in totals.values()]).tolist()
+        return dict(zip(totals, values, strict=True))
+
+
+class ForwardEngine:
+    """One rank's share of a model that only runs forward: the whole of it, or a ZeRO-3 shard."""
+
+    def __init__(self, model: PackedModel, context: RankContext, config: ScorerConfig) -> None:
+        """Shard ``model`` over the ranks where ``config.sharding`` says so; replicas load no DeepSpeed. Collective."""
+        self.collective = config.sharding == "zero3"
+        self.device = join_ranks(context) if self.collective else prepare_device(context)
+        self._module: nn.Module = model
+        if self.collective:
+            self._module = _start_engine(model, forward_settings(config, context), sharded=True, groups=None)
+        else:
+            model.to(self.device)
+
+    def forward(self, micro_batches: Sequence[M], function: Callable[[nn.Module, M], Tensor]) -> list[Tensor]:
+        """``function(model, micro_batch)`` of each, without gradients. Collective where ``collective``."""
+        with torch.no_grad():
+            return [function(self._module, micro_batch) for micro_batch in micro_batches]
+
+
+class _GradientNotFinite(Exception):
+    """Leaves the plain optimizer's step before it moves a weight."""
+
+
+def _start_engine(
+    model: PackedModel, settings: dict[str, Any], sharded: bool, groups: list[dict[str, Any]] | None
+) -> Any:
+    import deepspeed  # here and not above: see the module's first invariant
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile a C++ all-reduce for inference on one CPU node, which nothing here calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    if sharded:
+        # Takes the model to the device and apart one parameter at a time, so no device ever holds it whole.
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+    return engine
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices alone: not for biases, nor for the gains of norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters}]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _buckets(model: nn.Module, bucket_bytes: int) -> Iterator[list[str]]:
+    """Names of parameters in groups of at most ``bucket_bytes``; a larger one stands alone, tied ones come once."""
+    names: list[str] = []
+    held = 0
+    for name, parameter in model.named_parameters():
+        size = int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+        if names and held + size > bucket_bytes:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
+
+
+def _accumulate(totals: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+    for name, value in metrics.items():
+        value = value.detach()
+        if name not in totals:
+            totals[name] = value
+        else:
+            totals[name] = torch.maximum(totals[name], value) if name.endswith(MAX_SUFFIX) else totals[name] + value

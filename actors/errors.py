@@ -1,0 +1,19 @@
+"""What can go wrong in a role: one tree of errors."""
+
+from __future__ import annotations
+
+
+class RoleError(RuntimeError):
+    """Base of every error that a role raises by itself."""
+
+
+class ModelError(RoleError):
+    """A model or tokenizer cannot be loaded, or is not of the kind that the role needs."""
+
+
+class TrainingDiverged(RoleError):
+    """A loss or a gradient is not a finite number; the update it would have made was not applied."""
+
+
+class ScoreError(RoleError):
+    """A score is missing or is not a finite number."""

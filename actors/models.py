@@ -1,0 +1,285 @@
+"""Hugging Face models as the trained and scoring roles use them: packed, without dropout, without a cache.
+
+Invariants:
+
+- A packed model takes sequences laid end to end, with positions that restart at 0, and gives each token what it
+  would get alone. Where an architecture cannot keep packed sequences apart (it takes no position ids, or carries a
+  state from token to token, or lets attention cross the border), ``PackedModel`` runs the same pack as a padded
+  batch instead; callers see no difference. Which of the two is found out once, by trying, at load.
+- Dropout is off everywhere: the model stays in evaluation mode, and every dropout rate is 0 besides.
+- Parameter names are the Hugging Face model's own once ``PREFIX`` is removed; shared (tied) weights appear once.
+
+Legend: T tokens of a pack, S selected positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from actors.config import ModelConfig
+from actors.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+#: What a packed model puts before the names of the Hugging Face model's parameters.
+PREFIX = "network."
+
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HEAD_NAMES = ("score", "classifier")
+_FORWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class PackedModel(nn.Module):
+    """A Hugging Face decoder over packed sequences."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.padded = False
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration (its classes are untyped)."""
+        return self.network.config
+
+    def _run(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor, **arguments: object) -> Any:
+        """Call ``module`` on the pack as one row without mask: positions that restart tell sequences apart."""
+        if self.config._attn_implementation == "flash_attention_2":
+            arguments |= _flash_boundaries(position_ids_T)
+        return module(input_ids=tokens_T[None], position_ids=position_ids_T[None], use_cache=False, **arguments)
+
+    def _run_padded(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor, **arguments: object) -> Any:
+        """Call ``module`` on the pack as a batch padded on the right."""
+        row_T = (position_ids_T == 0).cumsum(0) - 1
+        shape = (int(row_T[-1]) + 1, int(position_ids_T.max()) + 1)
+        tokens = tokens_T.new_zeros(shape).index_put((row_T, position_ids_T), tokens_T)
+        mask = torch.zeros_like(tokens).index_put((row_T, position_ids_T), torch.ones_like(tokens_T))
+        return module(input_ids=tokens, attention_mask=mask, use_cache=False, **arguments)
+
+    def hidden_states(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor) -> Tensor:
+        """Last hidden states of the decoder ``module``, (T, hidden)."""
+        if self.padded:
+            states = self._run_padded(module, tokens_T, position_ids_T).last_hidden_state
+            row_T = (position_ids_T == 0).cumsum(0) - 1
+            return torch.as_tensor(states[row_T, position_ids_T])
+        return torch.as_tensor(self._run(module, tokens_T, position_ids_T).last_hidden_state[0])
+
+
+class CausalLM(PackedModel):
+    """A causal language model over packed sequences."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self._selects = "logits_to_keep" in inspect.signature(network.forward).parameters
+
+    def forward(self, tokens_T: Tensor, position_ids_T: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        """Logits (T, V) that each token predicts the next one with, or (S, V) at ``positions_S`` alone.
+
+        Choosing positions here keeps the vocabulary projection, and its memory, to where it is wanted.
+        """
+        if self.padded:
+            logits = self._run_padded(self.network, tokens_T, position_ids_T).logits
+            row_T = (position_ids_T == 0).cumsum(0) - 1
+            logits_TV = logits[row_T, position_ids_T]
+        elif positions_S is not None and self._selects:
+            output = self._run(self.network, tokens_T, position_ids_T, logits_to_keep=positions_S)
+            return torch.as_tensor(output.logits[0])
+        else:
+            logits_TV = self._run(self.network, tokens_T, position_ids_T).logits[0]
+        return torch.as_tensor(logits_TV if positions_S is None else logits_TV[positions_S])
+
+
+class TokenScorer(PackedModel):
+    """A model with one output a token: a reward model or a critic."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self._head_name = next(name for name in _HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear))
+
+    def forward(self, tokens_T: Tensor, position_ids_T: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        """Scores (T,), or (S,) at ``positions_S`` alone, in float32."""
+        states = self.hidden_states(self.network.base_model, tokens_T, position_ids_T)  # type: ignore[arg-type]
+        if positions_S is not None:
+            states = states[positions_S]
+        head = getattr(self.network, self._head_name)
+        return torch.as_tensor(head(states)[:, 0].float())
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, as Hugging Face gives it.
+
+    Raises:
+        ModelError: there is none, it is corrupt, or it has no EOS token.
+    """
+    path = config.tokenizer_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"no tokenizer could be loaded from {path}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer in {path} has no EOS token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_causal_lm(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> CausalLM:
+    """Load a causal language model, or draw its weights from ``seed`` where ``config.from_scratch``.
+
+    Raises:
+        ModelError: the folder is missing or corrupt, weights are missing, or it is no causal language model.
+    """
+    network_config = _read_config(config)
+    network = _build(transformers.AutoModelForCausalLM, network_config, config, seed, may_miss=())
+    model = CausalLM(network)
+    _prepare(model, device)
+    return model
+
+
+def load_scorer(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> TokenScorer:
+    """Load a model with one label per sequence or token. A causal language model gets a new head that is all zeros.
+
+    Raises:
+        ModelError: the folder is missing or corrupt, or the model has another number of labels than one.
+    """
+    network_config = _read_config(config)
+    architecture = (getattr(network_config, "architectures", None) or ["unknown"])[0]
+    if architecture.endswith("ForTokenClassification"):
+        auto, fresh = transformers.AutoModelForTokenClassification, config.from_scratch
+    else:
+        auto, fresh = transformers.AutoModelForSequenceClassification, config.from_scratch
+    if not architecture.endswith("Classification"):
+        fresh = True
+        network_config.num_labels = 1
+    if network_config.num_labels != 1:
+        labels = ", ".join(network_config.id2label.values())
+        raise ModelError(
+            f"{config.path} has {network_config.num_labels} labels ({labels}); a reward model or critic has one"
+        )
+    network_config.architectures = None  # save_pretrained writes the class that this becomes
+    network = _build(auto, network_config, config, seed, may_miss=tuple(f"{name}." for name in _HEAD_NAMES) * fresh)
+    head = next((getattr(network, name) for name in _HEAD_NAMES if hasattr(network, name)), None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ModelError(f"{config.path} ({architecture}) has no linear head over its tokens named {_HEAD_NAMES}")
+    if fresh:
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.zero_()
+    model = TokenScorer(network)
+    _prepare(model, device)
+    return model
+
+
+def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tokenizer: Any) -> None:
+    """Write a folder that Hugging Face's ``from_pretrained`` and vLLM load, from ``weights`` by Hugging Face name."""
+    network: Any = model.network
+    network.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def enable_gradient_checkpointing(model: PackedModel) -> None:
+    """Recompute each layer's activations in backward. Only the layers learn that they train, so dropout stays off.
+
+    Raises:
+        ModelError: the architecture does not offer it.
+    """
+    network: Any = model.network
+    if not network.supports_gradient_checkpointing:
+        raise ModelError(f"{type(network).__name__} does not support gradient checkpointing")
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _read_config(config: ModelConfig) -> Any:
+    folder = Path(config.path)
+    if config.path.startswith((".", "/")) and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ModelError(f"model folder {config.path} {what}; a Hugging Face model folder or hub name is expected")
+    try:
+        return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"config.json of model {config.path} could not be read: {error}") from error
+
+
+def _build(auto: Any, network_config: Any, config: ModelConfig, seed: int, may_miss: tuple[str, ...]) -> nn.Module:
+    """The Hugging Face model, with weights from its folder or drawn; keys in ``may_miss`` need not be in the folder."""
+    transformers.utils.logging.disable_progress_bar()  # the log of a rank is no terminal
+    options: dict[str, Any] = {
+        "dtype": _TORCH_DTYPES[config.dtype],
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    try:
+        if config.from_scratch:
+            # Drawn in float32 whatever the dtype, so that a seed means the same weights.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network: nn.Module = auto.from_config(network_config, **(options | {"dtype": torch.float32}))
+            return network.to(_TORCH_DTYPES[config.dtype])
+        loaded, info = auto.from_pretrained(
+            config.path, config=network_config, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers, safetensors and remote code raise whatever they like
+        raise ModelError(f"model {config.path} could not be loaded as {auto.__name__}: {error}") from error
+    missing = [key for key in info["missing_keys"] if not key.startswith(may_miss or ("\0",))]
+    if missing or info["mismatched_keys"]:
+        raise ModelError(
+            f"the weights of model {config.path} do not fit its config.json: missing {sorted(missing)[:5]}, "
+            f"of another shape {sorted(map(str, info['mismatched_keys']))[:5]}"
+        )
+    network = loaded
+    return network
+
+
+def _prepare(model: PackedModel, device: torch.device | str) -> None:
+    """Evaluation mode, no dropout, on the device, and the layout that this architecture can run."""
+    model.eval()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_rate = "dropout" in name or name.endswith("pdrop") or (name == "p" and isinstance(module, nn.Dropout))
+            if is_rate and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.to(device)
+    model.padded = not _keeps_packed_sequences_apart(model, torch.device(device))
+    if model.padded:
+        logger.warning("%s cannot run packed sequences; running padded batches", type(model.network).__name__)
+
+
+@torch.no_grad()
+def _keeps_packed_sequences_apart(model: PackedModel, device: torch.device) -> bool:
+    """Does the second sequence of a pack keep its hidden states when the first one changes, and when it is alone?"""
+    base: Any = model.network.base_model
+    if "position_ids" not in inspect.signature(base.forward).parameters or getattr(base, "_is_stateful", False):
+        return False
+    size = min(int(model.config.get_text_config().vocab_size), 64)
+    first = torch.arange(8, device=device)
+    second = torch.arange(7, device=device)
+    tokens = torch.cat([first * 3 % size, second * 5 % size])
+    changed = torch.cat([(first * 7 + 1) % size, second * 5 % size])
+    positions = torch.cat([first, second])
+    outputs = [model.hidden_states(base, pack, positions)[8:].float() for pack in (tokens, changed)]
+    outputs.append(model.hidden_states(base, tokens[8:], second).float())
+    tolerance = _FORWARD_TOLERANCE[next(model.parameters()).dtype] * float(outputs[0].abs().max())
+    return all(float((other - outputs[0]).abs().max()) <= tolerance for other in outputs[1:])
+
+
+def _flash_boundaries(position_ids_T: Tensor) -> dict[str, object]:
+    """Flash attention's own description of a pack, once for all layers (each would look for the borders again)."""
+    starts = (position_ids_T == 0).nonzero()[:, 0]
+    ends = starts.new_full((1,), len(position_ids_T))
+    boundaries = torch.cat([starts, ends]).to(torch.int32)
+    longest = int(position_ids_T.max()) + 1
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

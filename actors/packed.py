@@ -1,0 +1,100 @@
+"""Micro-batches: rows of a batch laid end to end, with what is needed at each response token.
+
+Invariant: a rank that has no rows left for a micro-batch runs ``EMPTY_ROW`` with nothing selected, because with
+sharded weights every forward and backward is a collective step of all ranks.
+
+Legend: T tokens of a pack, S response tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from algorithms.logprobs import token_logprobs
+from torch import Tensor, nn
+
+from experience.packing import PackPlan, contiguous_split, plan_packs
+from experience.tensors import Batches, ListColumn, PackedRows, list_column, pack, prediction_positions, scalar_column
+
+EMPTY_ROW = PackedRows(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
+
+
+@dataclass(frozen=True)
+class ResponsePack:
+    """Whole samples, laid end to end.
+
+    ``positions_S`` is where each response token is predicted from (the position before it) and ``targets_S`` that
+    token; ``offsets`` (N+1,) delimits the rows' responses in S.
+    """
+
+    packed: PackedRows
+    positions_S: Tensor
+    targets_S: Tensor
+    offsets: Tensor
+
+
+class Samples:
+    """Tokens and prompt lengths of a batch of rollouts, as views."""
+
+    def __init__(self, rollouts: Batches) -> None:
+        self.tokens: ListColumn = list_column(rollouts, "tokens")
+        self.num_prompt_tokens = scalar_column(rollouts, "num_prompt_tokens").long()
+        self.lengths: list[int] = self.tokens.lengths.tolist()
+        self.response_lengths: list[int] = (self.tokens.lengths - self.num_prompt_tokens).tolist()
+
+    @property
+    def num_rows(self) -> int:
+        """Samples."""
+        return len(self.lengths)
+
+    def pack(self, rows: Sequence[int], device: torch.device) -> ResponsePack:
+        """``rows`` laid end to end on ``device``; no rows give the empty pack."""
+        if not rows:
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            return ResponsePack(EMPTY_ROW.to(device), none, none, torch.zeros(1, dtype=torch.int64))
+        packed = pack(self.tokens, rows)
+        prompts = self.num_prompt_tokens[torch.tensor(rows)]
+        positions = prediction_positions(packed.offsets, prompts)
+        targets = packed.tokens[positions + 1]
+        offsets = torch.cat([prompts.new_zeros(1), (packed.offsets.diff() - prompts).cumsum(0)])
+        return ResponsePack(packed.to(device), positions.to(device), targets.to(device), offsets)
+
+
+def scoring_packs(
+    lengths: Sequence[int], rank: int, num_ranks: int, max_tokens: int, collective: bool
+) -> tuple[range, list[tuple[int, ...]]]:
+    """This rank's rows, and the packs (of row numbers in the whole batch) that it runs them in.
+
+    Rows go to ranks in runs of neighbours. Where the forward is ``collective``, empty packs make the ranks even.
+
+    Raises:
+        ValueError: a row is longer than ``max_tokens``.
+    """
+    parts = contiguous_split(lengths, num_ranks)
+
+    def plan(part: range) -> PackPlan:
+        return plan_packs([lengths[row] for row in part], 1, max_tokens)
+
+    own = parts[rank]
+    packs = [tuple(own[unit] for unit in units) for units in plan(own).packs[0]]
+    if collective:
+        most = max(plan(part).num_packs for part in parts)
+        packs += [()] * (most - len(packs))
+    return own, packs
+
+
+def in_row_order(packs: Sequence[Sequence[int]], values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
+    """Per-row pieces of packed results, by ascending row; ``offsets[i]`` delimits the rows in ``values[i]``."""
+    pieces: dict[int, Tensor] = {}
+    for rows, value, bounds in zip(packs, values, offsets, strict=True):
+        if rows:
+            pieces.update(zip(rows, torch.split(value, bounds.diff().tolist()), strict=True))
+    return [pieces[row] for row in sorted(pieces)]
+
+
+def response_logprobs(model: nn.Module, pack: ResponsePack, temperature: float) -> Tensor:
+    """Log-probs (S,) of a pack's response tokens at the sampling temperature, by a ``CausalLM``."""
+    logits_SV = model(pack.packed.tokens, pack.packed.position_ids, pack.positions_S)
+    return token_logprobs(logits_SV, pack.targets_S, temperature)

@@ -1,0 +1,177 @@
+"""The policy: the causal language model that PPO trains.
+
+Invariants:
+
+- All ranks are given the same batch and plan it alike, so they agree on minibatches and micro-batches without talking.
+- Log-probs are of the distribution that was sampled from: logits are divided by the sampling temperature.
+- The policy is blind to rewards: it sees advantages and the log-probs to divide by, as columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from algorithms.logprobs import entropy, token_logprobs
+from algorithms.losses import clipped_policy_loss
+from torch import Tensor, nn
+
+from actors.config import PolicyConfig, SamplingConfig
+from actors.deepspeed_engine import MAX_SUFFIX, TrainEngine
+from actors.models import load_causal_lm, load_tokenizer
+from actors.packed import ResponsePack, Samples, response_logprobs
+from actors.reports import ColumnInfo, TrainReport
+from actors.scoring import score_responses
+from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
+from actors.weights import WeightBucket
+from algorithms.config import PPOConfig
+from cluster.context import RankContext
+from experience.schema import CREDIT, POLICY_LOGPROBS, check_schema, require_same_rows
+from experience.tensors import list_column
+
+_DEVIATION = f"ratio_deviation{MAX_SUFFIX}"
+_GAP = "logprob_gap"
+
+
+@dataclass(frozen=True)
+class _PolicyPack:
+    """A micro-batch with its credit, each (S,)."""
+
+    samples: ResponsePack
+    advantages_S: Tensor
+    behaviour_logprobs_S: Tensor
+
+
+class PolicyActor:
+    """One rank of the policy."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        config: PolicyConfig,
+        algorithm: PPOConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        num_iterations: int,
+    ) -> None:
+        """Load the model and shard it over the ranks. Collective.
+
+        Raises:
+            ModelError: model or tokenizer cannot be loaded.
+        """
+        self._context = context
+        self._config = config
+        self._algorithm = algorithm
+        self._temperature = sampling.temperature
+        self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
+        self._tokenizer = load_tokenizer(config.model)
+        self._engine = TrainEngine(load_causal_lm(config.model, seed=seed), context, config)
+
+    def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """Log-probs of the response tokens under the current weights: POLICY_LOGPROBS of this rank's rows."""
+        return score_responses(
+            self._engine,
+            lambda model, pack: response_logprobs(model, pack, self._temperature),
+            rollouts,
+            context=self._context,
+            device=self._engine.device,
+            collective=self._config.zero.stage == 3,
+            max_tokens=self._config.max_tokens_per_pack,
+            schema=POLICY_LOGPROBS,
+        )
+
+    def train(
+        self, iteration: int, rollouts: Sequence[pa.RecordBatch], credit: Sequence[pa.RecordBatch]
+    ) -> TrainReport:
+        """All epochs and minibatches of one iteration. Collective; same arguments, and same report, on every rank.
+
+        Metrics are means over the iteration's updates, but for ``first_ratio_max_deviation``: the largest distance
+        of a ratio from 1 on the first minibatch, which is numerical noise where nothing is wrong.
+
+        Raises:
+            SchemaError: credit is not of the rollouts' rows.
+            TrainingDiverged: loss or gradient of an update is not finite; that update was not applied.
+        """
+        started = time.perf_counter()
+        ids = all_ids(rollouts)
+        for batch in credit:
+            check_schema(batch, CREDIT)
+        require_same_rows(ids, pa.Table.from_batches(list(credit)))
+        samples = Samples(rollouts)
+        advantages, behaviour = list_column(credit, "advantages"), list_column(credit, "behaviour_logprobs")
+        device = self._engine.device
+
+        def make_pack(rows: Sequence[int]) -> _PolicyPack:
+            return _PolicyPack(
+                samples.pack(rows, device), advantages.gather(rows).to(device), behaviour.gather(rows).to(device)
+            )
+
+        reports = train_minibatches(
+            self._engine,
+            self._updates.of_iteration(iteration, samples.num_rows),
+            samples,
+            self._context,
+            self._config.max_tokens_per_pack,
+            make_pack,
+            self._loss,
+        )
+        num_tokens = sum(samples.lengths) * self._algorithm.num_epochs
+        report = summarise(reports, num_tokens, time.perf_counter() - started)
+        # Only before the first update is the policy the one that sampled.
+        first = {"first_ratio_max_deviation": reports[0][_DEVIATION], "first_logprob_gap": reports[0][_GAP]}
+        metrics = {name: value for name, value in report.metrics.items() if name not in (_DEVIATION, _GAP)}
+        return TrainReport(metrics | first, report.num_tokens, report.seconds)
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """The weights for the rollout engines, bucket by bucket, under their Hugging Face names.
+
+        Collective where weights are sharded (stage 3): every rank iterates to the end. The first rank yields the
+        buckets, the others nothing.
+        """
+        if self._context.rank == 0:
+            for bucket in self._engine.weights(bucket_bytes):
+                yield WeightBucket.of(bucket)
+        elif self._config.zero.stage == 3:
+            for _ in self._engine.weights(bucket_bytes):
+                pass
+
+    def save(self, folder: Path) -> None:
+        """Write everything that training goes on from. Collective."""
+        self._engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote. Collective."""
+        self._engine.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder, tokenizer included. Collective."""
+        self._engine.export(folder, self._tokenizer)
+
+    def _loss(self, model: nn.Module, pack: _PolicyPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        samples = pack.samples
+        logits_SV = model(samples.packed.tokens, samples.packed.position_ids, samples.positions_S)
+        logprobs_S = token_logprobs(logits_SV, samples.targets_S, self._temperature)
+        coefficient = self._algorithm.entropy_coefficient
+        with torch.set_grad_enabled(coefficient > 0):
+            entropy_S = entropy(logits_SV, self._temperature)
+        loss, metrics = clipped_policy_loss(
+            logprobs_S,
+            pack.behaviour_logprobs_S,
+            pack.advantages_S,
+            clip_ratio=self._algorithm.clip_ratio,
+            denominator=num_tokens,
+            entropy_T=entropy_S,
+            entropy_coefficient=coefficient,
+        )
+        with torch.no_grad():
+            difference_S = logprobs_S.detach() - pack.behaviour_logprobs_S
+            deviation = difference_S.exp().sub(1).abs()
+            extra = {
+                _DEVIATION: deviation.max() if len(deviation) else deviation.sum(),
+                _GAP: difference_S.abs().sum() / num_tokens,
+            }
+        return loss, {**metrics, **extra}

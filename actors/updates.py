@@ -1,0 +1,126 @@
+"""The optimizer updates of one iteration: epochs of minibatches, each at its place in the run's schedule.
+
+Invariant: what is trained when is a pure function of (seed, iteration), so that all ranks agree and a resumed run
+goes on as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import pyarrow as pa
+from algorithms.schedules import learning_rate
+from torch import Tensor, nn
+
+from actors.config import OptimizerConfig
+from actors.deepspeed_engine import TrainEngine
+from actors.packed import Samples
+from actors.reports import TrainReport
+from algorithms.config import PPOConfig
+from cluster.context import RankContext
+from experience.packing import minibatches, plan_packs
+from experience.schema import ROLLOUT, check_schema
+
+P = TypeVar("P")
+#: Maps a model, a micro-batch and the number of response tokens of the whole minibatch to loss and metrics.
+MinibatchLoss = Callable[[nn.Module, P, int], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One update: its rows of the iteration's batch, its learning rate, and what to call it in an error."""
+
+    rows: list[int]
+    learning_rate: float
+    where: str
+
+
+class ScheduledUpdates:
+    """Cuts iterations into minibatches and gives each its learning rate."""
+
+    def __init__(self, optimizer: OptimizerConfig, algorithm: PPOConfig, seed: int, num_iterations: int) -> None:
+        self._optimizer = optimizer
+        self._num_epochs = algorithm.num_epochs
+        self._num_minibatches = algorithm.num_minibatches
+        self._seed = seed
+        self._num_updates = num_iterations * self._num_epochs * self._num_minibatches
+
+    def of_iteration(self, iteration: int, num_rows: int) -> Iterator[Minibatch]:
+        """The updates of ``iteration`` over a batch of ``num_rows`` samples, in order.
+
+        Raises:
+            ValueError: there are fewer rows than minibatches.
+        """
+        update = iteration * self._num_epochs * self._num_minibatches
+        for epoch in range(self._num_epochs):
+            cuts = minibatches(num_rows, self._num_minibatches, self._seed, iteration, epoch)
+            for number, rows in enumerate(cuts):
+                rate = scheduled_rate(self._optimizer, update, self._num_updates)
+                yield Minibatch(rows, rate, f"iteration {iteration}, epoch {epoch}, minibatch {number}")
+                update += 1
+
+
+def scheduled_rate(optimizer: OptimizerConfig, update: int, num_updates: int) -> float:
+    """Learning rate of an update of a run that has ``num_updates``."""
+    schedule = optimizer.schedule
+    return learning_rate(
+        update,
+        num_updates,
+        optimizer.learning_rate,
+        schedule.shape,
+        schedule.warmup_fraction,
+        schedule.final_fraction,
+    )
+
+
+def train_minibatches(
+    engine: TrainEngine,
+    updates: Iterator[Minibatch],
+    samples: Samples,
+    context: RankContext,
+    max_tokens: int,
+    make_pack: Callable[[Sequence[int]], P],
+    loss: MinibatchLoss[P],
+) -> list[dict[str, float]]:
+    """One update for each minibatch, and its metrics. Collective.
+
+    Raises:
+        TrainingDiverged: an update was refused.
+        ValueError: a sample is longer than ``max_tokens``.
+    """
+    reports = []
+    for minibatch in updates:
+        plan = plan_packs([samples.lengths[row] for row in minibatch.rows], context.num_ranks, max_tokens)
+        packs = [make_pack([minibatch.rows[unit] for unit in units]) for units in plan.packs[context.rank]]
+        num_tokens = max(1, sum(samples.response_lengths[row] for row in minibatch.rows))
+
+        bound = partial(_of_minibatch, loss, num_tokens)
+        reports.append(engine.step(packs, bound, minibatch.learning_rate, minibatch.where))
+    return reports
+
+
+def _of_minibatch(
+    loss: MinibatchLoss[P], num_tokens: int, model: nn.Module, pack: P
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    return loss(model, pack, num_tokens)
+
+
+def summarise(reports: Sequence[Mapping[str, float]], num_tokens: int, seconds: float) -> TrainReport:
+    """Metrics averaged over an iteration's updates."""
+    metrics = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+    metrics["tokens_per_second"] = num_tokens / seconds
+    return TrainReport(metrics, num_tokens, seconds)
+
+
+def all_ids(rollouts: Sequence[pa.RecordBatch]) -> pa.ChunkedArray:
+    """The ``sample_id`` of all rows of several rollouts.
+
+    Raises:
+        SchemaError: one of them is no rollout.
+    """
+    for rollout in rollouts:
+        check_schema(rollout, ROLLOUT)
+    return pa.chunked_array([rollout.column("sample_id") for rollout in rollouts], pa.int64())
