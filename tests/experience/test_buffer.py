@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experience.buffer import Batch, BufferClosed, BufferStateError, Chunk, ChunkInfo, Slot, VersionBuffer
+
+
+def chunk(
+    iteration: int,
+    prompts: range | tuple[int, ...],
+    *,
+    oldest: int | None = None,
+    newest: int | None = None,
+    n: int = 1,
+) -> Chunk[str]:
+    """A chunk with ``n`` samples a prompt, by default generated at the iteration's own version."""
+    oldest = iteration if oldest is None else oldest
+    newest = max(oldest, iteration if newest is None else newest)
+    rows = n * len(prompts)
+    return Chunk(ChunkInfo(iteration, tuple(prompts), rows, 10 * rows, oldest, newest), f"refs of {tuple(prompts)}")
+
+
+async def waits(coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+    """Start ``coroutine`` and make sure that it does not finish by itself."""
+    task = asyncio.ensure_future(coroutine)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+async def test_bound_zero_is_strictly_on_policy() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 0)
+    assert await buffer.wait_for_slot(3) == Slot(0, 3)
+    assert await buffer.wait_for_slot(3) == Slot(0, 1)
+    producer = await waits(buffer.wait_for_slot(3))
+    buffer.put(chunk(0, range(3)))
+    consumer = await waits(buffer.take())
+    buffer.put(chunk(0, (3,)))
+    batch = await consumer
+    assert isinstance(batch, Batch)
+    assert (batch.iteration, batch.num_rows, batch.prompt_ids) == (0, 4, [0, 1, 2, 3])
+    # Trained on, not yet published: generation waits still.
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not producer.done()
+    buffer.release(1)
+    assert await producer == Slot(1, 3)
+    assert buffer.version == 1
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+async def test_bound_k_lets_generation_run_k_versions_ahead(bound: int) -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, bound)
+    for iteration in range(bound + 1):
+        assert await buffer.wait_for_slot() == Slot(iteration, 2)
+        buffer.put(chunk(iteration, (2 * iteration, 2 * iteration + 1), oldest=0))
+    producer = await waits(buffer.wait_for_slot())
+    assert buffer.num_rows_admitted == buffer.num_rows_put == 2 * (bound + 1)
+    for iteration in range(bound):
+        assert (await buffer.take()).max_staleness == iteration
+    buffer.release(1)
+    assert await producer == Slot(bound + 1, 2)
+    batch = await buffer.take()
+    assert (batch.max_staleness, batch.mean_staleness) == (bound, bound)
+
+
+async def test_staleness_is_averaged_over_rows() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 2, version=5)
+    for _ in range(3):
+        await buffer.wait_for_slot()
+    buffer.put(chunk(7, (3,), oldest=5, newest=6))
+    buffer.put(chunk(7, range(3), oldest=7))
+    buffer.put(chunk(5, (10, 11, 12, 13)))
+    buffer.put(chunk(6, (20, 21, 22, 23), oldest=5))
+    await buffer.take()
+    await buffer.take()
+    batch = await buffer.take()
+    assert (batch.iteration, batch.max_staleness, batch.mean_staleness) == (7, 2, 0.5)
+
+
+async def test_rows_come_back_in_any_order_and_leave_in_the_order_of_prompts() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 1)
+    assert [await buffer.wait_for_slot(2) for _ in range(4)] == [Slot(0, 2), Slot(0, 2), Slot(1, 2), Slot(1, 2)]
+    for iteration, prompts in ((1, (6, 7)), (0, (2, 3)), (1, (4, 5)), (0, (0, 1))):
+        buffer.put(chunk(iteration, prompts, oldest=0))
+    assert [piece.payload for piece in (await buffer.take()).chunks] == ["refs of (0, 1)", "refs of (2, 3)"]
+    assert (await buffer.take()).prompt_ids == [4, 5, 6, 7]
+
+
+async def test_dropped_rows_are_replaced_in_their_own_iteration() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 1)
+    for _ in range(2):
+        await buffer.wait_for_slot()
+    producer = await waits(buffer.wait_for_slot())
+    buffer.put(chunk(0, range(3)))
+    buffer.give_back(0, 1)
+    assert await producer == Slot(0, 1)
+    buffer.put(chunk(0, (8,)))
+    assert (await buffer.take()).prompt_ids == [0, 1, 2, 8]
+    for iteration, rows in ((0, 1), (1, 5), (7, 1), (1, -1)):
+        with pytest.raises(BufferStateError, match=f"gave back {rows} rows of iteration {iteration}"):
+            buffer.give_back(iteration, rows)
+
+
+async def test_what_breaks_the_rules_is_refused() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 1, version=3)
+    assert await buffer.wait_for_slot(2) == Slot(3, 2)
+    for wrong, message in [
+        (chunk(3, range(3)), "put 3 rows for iteration 3, which waits for 2"),
+        (chunk(4, (0,)), "put 1 rows for iteration 4, which waits for 0"),
+        (chunk(3, (5,), oldest=1), "prompt 5 was generated by policy versions 1 to 3; iteration 3 takes 2 to 3"),
+        (chunk(3, (5,), newest=4), "generated by policy versions 3 to 4"),
+        (chunk(3, ()), "an empty chunk for iteration 3"),
+    ]:
+        with pytest.raises(BufferStateError, match=message):
+            buffer.put(wrong)
+    buffer.put(chunk(3, (5,)))
+    with pytest.raises(BufferStateError, match="prompt 5 is in the buffer already"):
+        buffer.put(chunk(3, (5,)))
+    for version in (3, 4, 5):
+        with pytest.raises(BufferStateError, match=f"released version {version} after version 3"):
+            buffer.release(version)
+    for settings_ in ((0, 0, 0), (1, -1, 0), (1, 0, -1)):
+        with pytest.raises(ValueError, match="batch_rows must be at least 1"):
+            VersionBuffer(settings_[0], settings_[1], version=settings_[2])
+    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+        await buffer.wait_for_slot(0)
+
+
+async def test_the_run_ends_after_its_last_iteration() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, 5, num_iterations=2)
+    assert [await buffer.wait_for_slot(), await buffer.wait_for_slot()] == [Slot(0, 2), Slot(1, 2)]
+    buffer.put(chunk(0, (0, 1)))
+    producer = await waits(buffer.wait_for_slot())  # a drop could still free a slot
+    buffer.give_back(1, 1)
+    assert await producer == Slot(1, 1)
+    producer = await waits(buffer.wait_for_slot())
+    buffer.put(chunk(1, (2, 3), oldest=0))
+    assert await producer is None
+    await buffer.take()
+    await buffer.take()
+    buffer.release(1)
+    buffer.release(2)
+    assert await buffer.wait_for_slot() is None
+
+
+async def test_a_failed_producer_wakes_the_consumer() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, 0)
+    consumer = await waits(buffer.take())
+    with pytest.raises(OSError, match="engine lost"), buffer.guard():
+        await buffer.wait_for_slot()
+        raise OSError("engine lost")
+    with pytest.raises(BufferClosed, match="engine lost") as caught:
+        await consumer
+    assert isinstance(caught.value.__cause__, OSError)
+    buffer.close(ValueError("later"))
+    for call in (buffer.take, buffer.wait_for_slot):
+        with pytest.raises(BufferClosed, match="engine lost"):
+            await call()
+    with pytest.raises(BufferClosed, match="engine lost"):
+        buffer.put(chunk(0, (0,)))
+
+
+async def test_a_failed_consumer_wakes_the_producer() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, 0)
+    await buffer.wait_for_slot()
+    producer = await waits(buffer.wait_for_slot())
+
+    async def consume() -> None:
+        with buffer.guard():
+            await buffer.take()
+
+    consumer = await waits(consume())
+    consumer.cancel()
+    with pytest.raises(BufferClosed, match="CancelledError"):
+        await producer
+
+
+async def test_an_orderly_close() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, 1)
+    await buffer.wait_for_slot()
+    await buffer.wait_for_slot()
+    producer = await waits(buffer.wait_for_slot())
+    buffer.put(chunk(1, (2,)))
+    buffer.put(chunk(0, (0, 1)))
+    buffer.close()
+    assert await producer is None
+    buffer.put(chunk(1, (3,)))  # what was under way may still come in, for the checkpoint
+    assert (await buffer.take()).prompt_ids == [0, 1]
+    assert (await buffer.take()).prompt_ids == [2, 3]
+    with pytest.raises(BufferClosed, match="with 0 of 2 rows of iteration 2 in it"):
+        await buffer.take()
+
+
+async def test_a_cancelled_wait_takes_nothing() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(2, 0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(buffer.take(), 0.01)
+    await buffer.wait_for_slot()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(buffer.wait_for_slot(), 0.01)
+    buffer.put(chunk(0, (0, 1)))
+    assert (await buffer.take()).iteration == 0
+    buffer.release(1)
+    assert await buffer.wait_for_slot() == Slot(1, 2)
+
+
+async def test_export_and_restore_between_taking_and_publishing() -> None:
+    buffer: VersionBuffer[str] = VersionBuffer(4, 1)
+    for _ in range(2):
+        await buffer.wait_for_slot()
+    for piece in (chunk(1, (6, 7), oldest=0), chunk(0, (2, 3)), chunk(0, (0, 1))):
+        buffer.put(piece)
+    await buffer.take()
+    state, payloads = buffer.export()
+    assert payloads == ["refs of (2, 3)", "refs of (0, 1)", "refs of (6, 7)"]
+    again: VersionBuffer[str] = VersionBuffer(4, 1, version=0)
+    again.restore(json.loads(json.dumps(state)), payloads)
+    assert again.export() == (state, payloads)
+    assert (await again.take()).prompt_ids == [0, 1, 2, 3]  # not published, so trained on again
+    assert await again.wait_for_slot() == Slot(1, 2)  # what was under way is admitted anew
+    again.release(1)
+    again.put(chunk(1, (4, 5)))
+    assert (await again.take()).prompt_ids == [4, 5, 6, 7]
+    for other, message in [
+        (VersionBuffer[str](2, 1), "batches of 4, this run's are of 2"),
+        (VersionBuffer[str](4, 0), "stored for iteration 1; at version 0 and max_staleness 0"),
+        (VersionBuffer[str](4, 1, version=1), "restored version 0 into a used buffer of 1"),
+        (again, "used buffer"),
+    ]:
+        with pytest.raises(BufferStateError, match=message):
+            other.restore(state, payloads)
+
+
+class Simulation:
+    """A run with engines of random speed, drops, and a trainer of random speed, on one buffer."""
+
+    def __init__(self, seed: int, bound: int, samples: int, prompts_per_batch: int, num_iterations: int) -> None:
+        self.chance = random.Random(seed)
+        self.samples = samples
+        self.bound = bound
+        self.num_iterations = num_iterations
+        batch_rows = samples * prompts_per_batch
+        self.buffer: VersionBuffer[str] = VersionBuffer(batch_rows, bound, num_iterations=num_iterations)
+        self.next_prompt = 0
+        self.admitted_for: dict[int, int] = {}
+        self.taken: list[Batch[str]] = []
+        self.fail_at: tuple[str, int] | None = None
+
+    async def pause(self) -> None:
+        for _ in range(self.chance.randint(0, 6)):
+            await asyncio.sleep(0)
+
+    async def generate(self, iteration: int, prompts: list[int]) -> None:
+        started = self.buffer.version
+        await self.pause()
+        if self.chance.random() < 0.15:
+            self.buffer.give_back(iteration, self.samples * len(prompts))
+            return
+        piece = chunk(iteration, tuple(prompts), oldest=started, newest=self.buffer.version, n=self.samples)
+        self.buffer.put(piece)
+
+    async def produce(self) -> None:
+        with self.buffer.guard():
+            async with asyncio.TaskGroup() as engines:
+                while slot := await self.buffer.wait_for_slot(self.samples * self.chance.randint(1, 5)):
+                    self.maybe_fail("producer", slot.iteration)
+                    assert slot.iteration <= self.buffer.version + self.bound
+                    assert self.buffer.num_rows_admitted <= (self.bound + 1) * self.buffer.batch_rows
+                    prompts = list(range(self.next_prompt, self.next_prompt + slot.num_rows // self.samples))
+                    self.next_prompt += len(prompts)
+                    self.admitted_for.update(dict.fromkeys(prompts, slot.iteration))
+                    while prompts:  # engines finish parts of a slot in any order
+                        size = self.chance.randint(1, len(prompts))
+                        engines.create_task(self.generate(slot.iteration, prompts[:size]))
+                        prompts = prompts[size:]
+                    await self.pause()
+
+    async def consume(self) -> None:
+        with self.buffer.guard():
+            for iteration in range(self.num_iterations):
+                batch = await self.buffer.take()
+                self.maybe_fail("consumer", iteration)
+                self.taken.append(batch)
+                await self.pause()
+                self.buffer.release(iteration + 1)
+
+    def maybe_fail(self, side: str, iteration: int) -> None:
+        if self.fail_at is not None and self.fail_at[0] == side and iteration >= self.fail_at[1]:
+            raise ZeroDivisionError(side)
+
+    def run(self) -> list[BaseException | None]:
+        async def both() -> list[BaseException | None]:
+            sides = asyncio.gather(self.produce(), self.consume(), return_exceptions=True)
+            return list(await asyncio.wait_for(sides, 10))  # a deadlock ends here
+
+        return asyncio.run(both())
+
+
+def innermost(error: BaseException | None) -> BaseException | None:
+    """The first error in a task group's."""
+    return innermost(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+RUNS = {
+    "seed": st.integers(0, 2**32),
+    "bound": st.integers(0, 3),
+    "samples": st.integers(1, 3),
+    "prompts_per_batch": st.integers(1, 9),
+    "num_iterations": st.integers(1, 6),
+}
+
+
+@settings(deadline=None, max_examples=200)
+@given(**RUNS)
+def test_any_interleaving_ends_in_order_and_within_the_bound(**run: int) -> None:
+    simulation = Simulation(**run)
+    assert simulation.run() == [None, None]
+    buffer = simulation.buffer
+    assert [batch.iteration for batch in simulation.taken] == list(range(run["num_iterations"]))
+    assert (buffer.version, buffer.num_rows_admitted) == (run["num_iterations"], 0)
+    for batch in simulation.taken:
+        assert batch.num_rows == buffer.batch_rows
+        assert 0 <= batch.mean_staleness <= batch.max_staleness <= run["bound"]
+        assert {simulation.admitted_for[prompt] for prompt in batch.prompt_ids} == {batch.iteration}
+        assert batch.prompt_ids == sorted(batch.prompt_ids)
+    consumed = [prompt for batch in simulation.taken for prompt in batch.prompt_ids]
+    assert len(set(consumed)) == len(consumed)
+
+
+@settings(deadline=None, max_examples=100)
+@given(side=st.sampled_from(["producer", "consumer"]), at=st.integers(0, 5), **RUNS)
+def test_in_any_interleaving_a_failure_ends_both_sides(side: str, at: int, **run: int) -> None:
+    simulation = Simulation(**run)
+    simulation.fail_at = (side, min(at, run["num_iterations"] - 1))
+    produced, consumed = simulation.run()
+    failed, other = (produced, consumed) if side == "producer" else (consumed, produced)
+    assert isinstance(innermost(failed), ZeroDivisionError)
+    # The producer may have ended before the consumer failed; the consumer never outlives a failed producer.
+    assert isinstance(innermost(other), BufferClosed) or (other is None and side == "consumer")
+
+
+def test_without_drops_prompts_are_consumed_in_the_order_drawn() -> None:
+    for seed in range(50):
+        simulation = Simulation(seed, bound=seed % 4, samples=2, prompts_per_batch=6, num_iterations=4)
+        simulation.chance.random = lambda: 1.0  # type: ignore[method-assign]
+        assert simulation.run() == [None, None]
+        assert [prompt for batch in simulation.taken for prompt in batch.prompt_ids] == list(range(24))
