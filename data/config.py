@@ -20,8 +20,15 @@ class SourceConfig(_Frozen):
         description="A file, a glob, any fsspec URL, or `hub:NAME` for a data set on the Hugging Face hub. "
         "JSONL, JSON, Parquet, Arrow/Feather, CSV, plain text; .gz is read through."
     )
-    weight: float = Field(1.0, gt=0, description="Share of this source in a mixture, relative to the others.")
+    weight: float | None = Field(
+        None, gt=0, description="Share of this source in a mixture, relative to the other weights. None in any source: "
+        "every row of every source once an epoch."
+    )
     split: str = Field("train", description="Split of a hub data set.")
+    text_unit: Literal["line", "paragraph", "file"] = Field(
+        "line", description="Plain text: what one document is. Paragraphs are separated by blank lines; "
+        "books want `file`."
+    )
     columns: dict[str, str] = Field(
         {}, description="Renames columns before the format is recognised: {prompt: question_text}."
     )
@@ -34,7 +41,8 @@ class DataConfig(_Frozen):
     train: tuple[SourceConfig, ...] = Field(min_length=1, description="What is trained on: one source or a mixture.")
     heldout: tuple[SourceConfig, ...] = Field((), description="What is evaluated on.")
     heldout_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Where no held-out source is given: this share of the rows, taken by hash of the row."
+        0.0, ge=0, lt=1, description="Where no held-out source is given: this share of the rows, taken by hash of the "
+        "prompt (of a document: its text)."
     )
     max_tokens: PositiveInt = Field(description="Longest sequence (for prompts: longest prompt), in tokens.")
     too_long: Literal["refuse", "skip", "truncate"] = Field(
@@ -58,7 +66,7 @@ class DataConfig(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _plain_paths(cls, values: object) -> object:
-        """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` stand for sources of weight 1."""
+        """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` stand for sources that have but a path."""
         if not isinstance(values, dict):
             return values
         out = dict(values)
@@ -74,4 +82,11 @@ class DataConfig(_Frozen):
     def _one_heldout(self) -> DataConfig:
         if self.heldout and self.heldout_fraction:
             raise ValueError("give heldout or heldout_fraction, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> DataConfig:
+        without = [source.path for source in self.train if source.weight is None]
+        if without and len(without) < len(self.train):
+            raise ValueError(f"give every source of a mixture a weight, or none: {without[0]} has none")
         return self

@@ -1,0 +1,77 @@
+"""The tokenizer, as far as the data need it: loaded without torch of ours, typed, and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, cast
+
+from data.errors import TokenizerError
+
+
+class Encoded(Protocol):
+    """What a tokenizer returns."""
+
+    def __getitem__(self, name: str) -> list[list[int]]: ...
+
+
+class AddedToken(Protocol):
+    """A token that is not of the learnt vocabulary."""
+
+    content: str
+    special: bool
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    eos_token: str | None
+    added_tokens_decoder: dict[int, AddedToken]
+    special_tokens_map: dict[str, str]
+    name_or_path: str
+    chat_template: str | dict[str, str] | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Encoded: ...
+
+    def get_chat_template(self) -> str: ...
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load the tokenizer of a folder in Hugging Face form, or of a name on the hub.
+
+    Raises:
+        TokenizerError: nothing there, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise TokenizerError(f"tokenizer {path}: no such folder")
+    try:
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+    except Exception as error:  # transformers raises whatever its parsers raise; all mean the same here
+        what = "no such folder, and no such name on the hub"
+        if Path(path).is_dir():
+            what = "the folder holds no tokenizer that loads"
+        raise TokenizerError(f"tokenizer {path}: {what}: {type(error).__name__}: {error}") from error
+
+
+def require_eos(tokenizer: Tokenizer, why: str) -> int:
+    """The id of the end-of-sequence token.
+
+    Raises:
+        TokenizerError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(
+            f"tokenizer {tokenizer.name_or_path}: has no EOS token, which {why}; set `eos_token` in its "
+            "tokenizer_config.json to a token of its vocabulary"
+        )
+    return tokenizer.eos_token_id
+
+
+def bos_prefix(tokenizer: Tokenizer) -> list[int]:
+    """[BOS] where the tokenizer begins every text with it by itself, else []."""
+    ids = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0]
+    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return ids[:1] if starts else []

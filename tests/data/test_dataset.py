@@ -1,0 +1,299 @@
+"""From files to batches: schemas, ids, splits, filters, cursors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.dataset import Dataset
+from data.errors import DataError, EmptyDataError, FormatError, RowError, TokenizerError, TooLongError
+from data.order import Cursor
+from experience.schema import COMPARISONS, EXAMPLES, PROMPTS, check_schema
+
+
+def demonstrations(count, start=0):
+    return [{"prompt": f"list {n} the", "completion": f" cat {n}"} for n in range(start, start + count)]
+
+
+def make(tokenizer, kind, train, max_tokens=64, seed=0, whole_document=False, **more):
+    config = DataConfig(train=train, max_tokens=max_tokens, **more)
+    return Dataset.from_config(config, kind, tokenizer, seed=seed, whole_document=whole_document)
+
+
+def text(tokenizer, tokens):
+    return tokenizer.decode(tokens)
+
+
+def learnt(tokenizer, batch, row):
+    tokens, mask = batch["tokens"][row].as_py(), batch["loss_mask"][row].as_py()
+    return tokenizer.decode([token for token, one in zip(tokens, mask, strict=True) if one])
+
+
+def test_examples_are_prompt_and_completion_and_eos(plain, jsonl):
+    data = make(plain, "examples", jsonl({"prompt": "the cat", "completion": " sat"}))
+    batch = data.draw(Cursor(), 1).batch
+    check_schema(batch, EXAMPLES)
+    assert text(plain, batch["tokens"][0].as_py()) == "the cat sat</s>"
+    assert learnt(plain, batch, 0) == " sat</s>"
+
+
+def test_comparisons_are_two_rows_chosen_first(plain, jsonl):
+    rows = [{"prompt": f"{n} the", "chosen": f" cat {n}", "rejected": f" dog {n}"} for n in range(7)]
+    data = make(plain, "comparisons", jsonl(*rows))
+    drawn = data.draw(Cursor(), 7)
+    check_schema(drawn.batch, COMPARISONS)
+    assert drawn.batch["rank"].to_pylist() == [0, 1] * 7
+    ids = drawn.batch["comparison_id"].to_pylist()
+    assert ids[::2] == ids[1::2] == drawn.ids.tolist()
+    assert sorted(drawn.ids) == list(range(7))
+    for row, number in enumerate(ids):
+        word = "cat" if row % 2 == 0 else "dog"
+        assert text(plain, drawn.batch["tokens"][row].as_py()) == f"{number} the {word} {number}</s>"
+    assert drawn.lengths.tolist() == [len(tokens) for tokens in drawn.batch["tokens"].to_pylist()]
+
+
+def test_prompts_carry_their_line_and_serial_number(plain, jsonl):
+    path = jsonl(*demonstrations(5))
+    data = make(plain, "prompts", path)
+    first = data.draw(Cursor(), 3)
+    second = data.draw(first.next_cursor, 4)
+    check_schema(first.batch, PROMPTS)
+    assert first.ids.tolist() == [0, 1, 2]
+    assert second.batch["prompt_id"].to_pylist() == [3, 4, 5, 6]
+    for tokens, source in zip(first.batch["tokens"].to_pylist(), first.batch["source"].to_pylist(), strict=True):
+        line = int(source.removeprefix(path + ":"))
+        assert text(plain, tokens) == f"list {line - 1} the"
+
+
+def test_batches_do_not_depend_on_how_the_order_is_cut(plain, jsonl):
+    data = make(plain, "prompts", jsonl(*demonstrations(7)))
+    whole = data.draw(Cursor(), 30).batch
+    cursor, parts = Cursor(), []
+    for size in (1, 2, 9, 3, 15):
+        drawn = make(plain, "prompts", jsonl(*demonstrations(7))).draw(Cursor.from_json(cursor.to_json()), size)
+        parts += drawn.batch.to_pylist()
+        cursor = drawn.next_cursor
+    assert parts == whole.to_pylist()
+    assert cursor == Cursor(epoch=4, position=2, drawn=30)
+
+
+def test_every_row_once_an_epoch_and_another_order_each(plain, jsonl):
+    data = make(plain, "examples", jsonl(*demonstrations(20)))
+    epochs = [data.draw(Cursor(epoch, 0), 20).ids.tolist() for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    other_seed = make(plain, "examples", jsonl(*demonstrations(20)), seed=1)
+    assert other_seed.draw(Cursor(), 20).ids.tolist() != epochs[0]
+
+
+def test_held_out_rows_stay_held_out_when_data_grow(plain, jsonl):
+    def heldout(count):
+        data = make(plain, "prompts", jsonl(*demonstrations(count)), heldout_fraction=0.25)
+        assert data.num_rows + data.num_heldout_rows == count
+        trained = data.draw(Cursor(), data.num_rows).batch["source"].to_pylist()
+        return set(data.heldout().batch["source"].to_pylist()), set(trained)
+
+    (small, _), (large, trained) = heldout(200), heldout(400)
+    assert 25 < len(small) < 75
+    assert small <= large
+    assert not large & trained
+
+
+def test_the_same_prompt_is_held_out_in_every_kind(plain, jsonl):
+    rows = [{"prompt": f"{n} the", "chosen": " cat", "rejected": " dog", "completion": " log"} for n in range(60)]
+    path = jsonl(*rows)
+    config = {"heldout_fraction": 0.3}
+    prompts = make(plain, "prompts", path, **config).heldout().batch["tokens"].to_pylist()
+    examples = make(plain, "examples", path, **config).heldout().batch["tokens"].to_pylist()
+    comparisons = make(plain, "comparisons", path, **config).heldout().batch["tokens"].to_pylist()
+    assert 0 < len(prompts) < 60
+    for prompt, example, chosen in zip(prompts, examples, comparisons[::2], strict=True):
+        assert example[: len(prompt)] == prompt == chosen[: len(prompt)]
+
+
+def test_held_out_source(plain, jsonl):
+    data = make(plain, "examples", jsonl(*demonstrations(5)), heldout=jsonl(*demonstrations(3, 90), name="h.jsonl"))
+    drawn = data.heldout()
+    assert data.num_heldout_rows == drawn.batch.num_rows == 3
+    assert text(plain, drawn.batch["tokens"][2].as_py()) == "list 92 the cat 92</s>"
+    assert data.heldout(1, 5).ids.tolist() == [1, 2]
+    assert data.heldout(3, 5).batch.num_rows == 0
+
+
+def test_nothing_held_out_is_an_empty_batch_unless_a_fraction_is_asked_for(plain, jsonl):
+    path = jsonl(*demonstrations(2))
+    assert make(plain, "examples", path).heldout().batch.num_rows == 0
+    with pytest.raises(EmptyDataError, match=r"heldout_fraction 1e-09 holds out nothing.*2 rows read"):
+        make(plain, "examples", path, heldout_fraction=1e-9)
+
+
+def test_bad_row_is_refused_by_file_and_line(plain, jsonl):
+    path = jsonl(*demonstrations(2), "{broken", *demonstrations(1))
+    with pytest.raises(RowError, match=rf"{path}:3: not JSON"):
+        make(plain, "examples", path)
+
+
+def test_bad_rows_are_skipped_counted_and_named(plain, jsonl, caplog):
+    broken = ["[1]", {"prompt": "", "completion": "x"}, {"prompt": "x"}, {"prompt": 3, "completion": "y"}]
+    path = jsonl(*demonstrations(2), *broken, *demonstrations(1))
+    data = make(plain, "examples", path, bad_rows="skip")
+    (counts,) = data.counts
+    assert (counts.read, counts.bad, counts.too_long, counts.train) == (7, 4, 0, 3)
+    for line, why in ((3, "JSON object"), (4, "prompt is empty"), (5, "columns are prompt"), (6, "list of messages")):
+        assert any(f"{path}:{line}: " in message and why in message for message in caplog.messages), caplog.messages
+
+
+def test_only_the_first_bad_rows_are_named(plain, jsonl, caplog):
+    data = make(plain, "examples", jsonl(*demonstrations(1), *["nonsense"] * 50), bad_rows="skip")
+    assert data.counts[0].bad == 50
+    assert sum("left out: not JSON" in message for message in caplog.messages) == 20
+    assert sum("counted from here on" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("kind", ["examples", "prompts"])
+def test_too_long_rows(plain, jsonl, kind):
+    rows = [*demonstrations(2), {"prompt": "the cat sat on " * 9, "completion": " log"}]
+    path = jsonl(*rows)
+    data = make(plain, kind, path, max_tokens=24, too_long="skip")
+    assert (data.counts[0].too_long, data.num_rows) == (1, 2)
+    assert data.longest <= 24
+    with pytest.raises(TooLongError, match=rf"{path}:3: \d+ tokens, data.max_tokens is 24"):
+        make(plain, kind, path, max_tokens=24, too_long="refuse")
+
+
+def test_truncation_cuts_responses_but_never_prompts(plain, jsonl):
+    rows = [{"prompt": "the", "completion": " cat sat" * 30}, {"prompt": "the dog " * 30, "completion": " log"}]
+    data = make(plain, "examples", jsonl(*rows), max_tokens=16, too_long="truncate")
+    batch = data.draw(Cursor(), 1).batch
+    assert (data.num_rows, data.counts[0].too_long) == (1, 1)
+    assert len(batch["tokens"][0]) == 16
+    assert text(plain, batch["tokens"][0].as_py()).startswith("the cat sat cat")
+    prompts = make(plain, "prompts", jsonl(*rows), max_tokens=16, too_long="truncate")
+    assert (prompts.num_rows, prompts.counts[0].too_long) == (1, 1)
+
+
+def test_a_comparison_is_left_out_whole(plain, jsonl):
+    rows = [
+        {"prompt": "the", "chosen": " cat", "rejected": " dog" * 40},
+        {"prompt": "the", "chosen": " cat", "rejected": " mat"},
+    ]
+    data = make(plain, "comparisons", jsonl(*rows), max_tokens=16)
+    assert (data.num_rows, data.counts[0].too_long) == (1, 1)
+    assert [text(plain, row) for row in data.draw(Cursor(), 1).batch["tokens"].to_pylist()] == [
+        "the cat</s>",
+        "the mat</s>",
+    ]
+
+
+def test_nothing_left_says_the_counts(plain, jsonl):
+    path = jsonl(*demonstrations(4), "nonsense")
+    counts = r"5 rows read, 1 bad, 4 too long, 0 kept .*max_tokens 2; the longest has \d+"
+    with pytest.raises(EmptyDataError, match=counts):
+        make(plain, "examples", path, max_tokens=2, bad_rows="skip")
+    with pytest.raises(EmptyDataError, match="0 rows read"):
+        make(plain, "examples", jsonl(name="empty.jsonl"))
+
+
+def test_wrong_columns_name_what_is_there_and_what_is_known(plain, jsonl):
+    path = jsonl({"question_text": "x", "reply": "y"})
+    with pytest.raises(FormatError) as failure:
+        make(plain, "examples", path, bad_rows="skip")
+    message = str(failure.value)
+    assert message.startswith(f"{path}:1: the columns are question_text, reply;")
+    assert all(part in message for part in ("prompt + completion", "messages", "question + answer", "columns: {"))
+    with pytest.raises(FormatError, match=r"columns: \{completion: chosen\}"):
+        make(plain, "examples", jsonl({"prompt": "x", "chosen": "y", "rejected": "z"}))
+
+
+def test_columns_are_renamed(plain, jsonl):
+    source = {"path": jsonl({"q": "the", "a": " cat"}), "columns": {"prompt": "q", "completion": "a"}}
+    data = make(plain, "examples", source)
+    assert text(plain, data.draw(Cursor(), 1).batch["tokens"][0].as_py()) == "the cat</s>"
+    with pytest.raises(RowError, match="no column 'zz'"):
+        make(plain, "examples", source | {"columns": {"prompt": "zz"}})
+
+
+def test_documents_are_joined_with_eos_and_cut(plain, tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat\n\nthe dog\n" + "on the mat and the log\n" * 5)
+    packed = make(plain, "examples", str(path), max_tokens=10)
+    rows = packed.draw(Cursor(), packed.num_rows)
+    tokens = [rows.batch["tokens"][int(place)].as_py() for place in np.argsort(rows.ids)]
+    assert all(len(row) == 10 for row in tokens[:-1])
+    assert 1 < len(tokens[-1]) <= 10
+    joined = text(plain, [token for row in tokens for token in row])
+    assert joined == "the cat sat</s>the dog</s>" + "on the mat and the log</s>" * 5
+    assert packed.counts[0].train == 7
+    assert all(row[0] == 0 and all(row[1:]) for row in rows.batch["loss_mask"].to_pylist())
+    separate = make(plain, "examples", str(path), max_tokens=32, documents="separate")
+    assert separate.num_rows == 7
+
+
+def test_a_lone_last_token_is_no_sequence(plain, tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat\n")
+    count = make(plain, "examples", str(path), max_tokens=99).num_tokens
+    cut = make(plain, "examples", str(path), max_tokens=count - 1)
+    assert (cut.num_rows, cut.num_tokens) == (1, count - 1)
+
+
+def test_pretraining_takes_any_format_whole(plain, jsonl):
+    path = jsonl({"prompt": "the", "completion": " cat", "text": "a text"}, {"prompt": "on", "completion": " log"})
+    rows = make(plain, "examples", path, documents="separate", whole_document=True).draw(Cursor(), 2)
+    texts = {text(plain, row) for row in rows.batch["tokens"].to_pylist()}
+    assert texts == {"a text</s>", "on log</s>"}
+    assert all(row[0] == 0 and all(row[1:]) for row in rows.batch["loss_mask"].to_pylist())
+    everything = make(plain, "examples", path, learn_from="everything").draw(Cursor(), 2).batch
+    assert all(row[0] == 0 and all(row[1:]) for row in everything["loss_mask"].to_pylist())
+
+
+def test_mixture_of_files_by_weight(plain, jsonl):
+    sources = [
+        {"path": jsonl(*demonstrations(90)), "weight": 1.0},
+        {"path": jsonl(*demonstrations(10, 700), name="b.jsonl"), "weight": 1.0},
+    ]
+    data = make(plain, "prompts", sources)
+    texts = [text(plain, row) for row in data.draw(Cursor(), 100).batch["tokens"].to_pylist()]
+    assert sum("list 70" in row for row in texts) == 50
+    plain_join = make(plain, "prompts", [source["path"] for source in sources])
+    assert len({text(plain, row) for row in plain_join.draw(Cursor(), 100).batch["tokens"].to_pylist()}) == 100
+    with pytest.raises(ValueError, match="give every source of a mixture a weight, or none"):
+        DataConfig(train=[sources[0], {"path": "c.jsonl"}], max_tokens=4)
+
+
+def test_fingerprint_follows_data_seed_and_weights(plain, jsonl):
+    path = jsonl(*demonstrations(5))
+    print_of = make(plain, "examples", path).fingerprint()
+    assert make(plain, "examples", path).fingerprint() == print_of
+    assert make(plain, "examples", path, seed=1).fingerprint() != print_of
+    assert make(plain, "examples", path, learn_from="everything").fingerprint() != print_of
+    assert make(plain, "examples", jsonl(*demonstrations(4))).fingerprint() != print_of
+
+
+def test_cursors_that_are_none_are_refused(plain, jsonl):
+    data = make(plain, "examples", jsonl(*demonstrations(5)))
+    for wrong in ("", "[]", "{}x", '{"epoch": -1}', '{"page": 1}', json.dumps({"epoch": "0"})):
+        with pytest.raises(DataError, match="not a data cursor"):
+            Cursor.from_json(wrong)
+    with pytest.raises(DataError, match="an epoch has 5 rows"):
+        data.draw(Cursor(0, 5), 1)
+    with pytest.raises(DataError, match="at least one row"):
+        data.draw(Cursor(), 0)
+
+
+def test_tokenizer_without_eos_is_refused_where_it_is_needed(make_tokenizer, jsonl):
+    bare = make_tokenizer(eos=None)
+    path = jsonl(*demonstrations(2))
+    for kind in ("examples", "comparisons"):
+        with pytest.raises(TokenizerError, match="has no EOS token, which has to end every sequence"):
+            make(bare, kind, path)
+    assert make(bare, "prompts", path).num_rows == 2
+
+
+def test_tokenizer_without_template_is_refused_for_always(plain, jsonl):
+    with pytest.raises(TokenizerError, match=r"has no chat template, and .* is `always`"):
+        make(plain, "prompts", jsonl(*demonstrations(2)), apply_chat_template="always")
