@@ -125,7 +125,7 @@ class Renderer:
             through = self._render(turns[:after])
         else:
             before = self._dialogue(turns[:at]) + _SPEAKER[ASSISTANT]
-            through = self._dialogue(turns[:after])
+            through = self._dialogue(turns[:after], last_eos=after < len(turns))
         if not through.startswith(before) or not text.startswith(through):
             raise RowError(_not_a_prefix(at))
         return len(before), self._end_of_turn(through, len(before))

@@ -135,7 +135,9 @@ def _apportion(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     parts = np.floor(exact).astype(np.int64)
     left = total - int(parts.sum())
     parts[np.argsort(-(exact - parts), kind="stable")[:left]] += 1
-    return tuple(int(part) for part in np.maximum(parts, 1))
+    raised = np.maximum(parts, 1)
+    raised[np.argmax(raised)] -= raised.sum() - total
+    return tuple(int(part) for part in raised)
 
 
 def advance(cursor: Cursor, num_rows: int, epoch_rows: int) -> Cursor:

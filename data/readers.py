@@ -130,7 +130,8 @@ def _files(path: str) -> list[_File]:
     try:
         system, root = fsspec.core.url_to_fs(path)
         if fsspec.core.has_magic(root) and not system.exists(root):
-            found = sorted(match for match in system.glob(root) if not system.isdir(match))
+            matches = sorted(match for match in system.glob(root) if not system.isdir(match))
+            found = [match for match in matches if _hidden(root) or not _hidden(match)]
             problem = "no file matches"
         elif system.isdir(root):
             found = _folder(system, root)
@@ -143,6 +144,10 @@ def _files(path: str) -> list[_File]:
     if not found:
         raise ReadError(f"{path}: {problem}")
     return [_File(system, match, system.unstrip_protocol(match) if "://" in path else match) for match in found]
+
+
+def _hidden(path: str) -> bool:
+    return path.rsplit("/", 1)[-1].startswith(".")
 
 
 def _folder(system: fsspec.AbstractFileSystem, root: str) -> list[str]:

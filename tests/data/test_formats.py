@@ -1,0 +1,159 @@
+"""Every format becomes the same few canonical records."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.errors import FormatError, RowError
+from data.formats import Comparison, Demonstration, Document, Prompt, Turn, prompt_key, recognise
+
+ASK = {"role": "user", "content": "q"}
+REPLY = {"role": "assistant", "content": "a"}
+Q, A, B = Turn("user", "q"), Turn("assistant", "a"), Turn("assistant", "b")
+
+
+def parse(row, kind):
+    return recognise(frozenset(row), kind).parse(row)
+
+
+def asked(*turns, verbatim=False):
+    return Prompt(turns, verbatim)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "completion": "a"}, Demonstration(asked(Q, verbatim=True), (A,))),
+        ({"prompt": [ASK], "completion": [REPLY]}, Demonstration(asked(Q), (A,))),
+        ({"messages": [ASK, REPLY]}, Demonstration(asked(Q), (A,))),
+        ({"messages": [ASK, REPLY, ASK, REPLY]}, Demonstration(asked(Q, A, Q), (A,))),
+        ({"messages": [ASK | {"content": [{"type": "text", "text": "q"}]}, REPLY]}, Demonstration(asked(Q), (A,))),
+        ({"messages": "\n\nHuman: q\n\nAssistant: a"}, Demonstration(asked(Q), (A,))),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            Demonstration(asked(Turn("system", "s"), Q), (A,)),
+        ),
+        ({"instruction": "q", "output": "a"}, Demonstration(asked(Q), (A,))),
+        ({"instruction": "q", "input": "", "output": "a", "category": "x"}, Demonstration(asked(Q), (A,))),
+        ({"instruction": "q", "input": None, "output": "a"}, Demonstration(asked(Q), (A,))),
+        ({"instruction": "q", "input": "i", "output": "a"}, Demonstration(asked(Turn("user", "q\n\ni")), (A,))),
+        ({"question": "q", "answer": "a"}, Demonstration(asked(Q), (A,))),
+        ({"text": "t"}, Document("t")),
+    ],
+)
+def test_examples(row, expected):
+    assert parse(row, "examples") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
+        ({"prompt": "q", "chosen": [REPLY], "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
+        ({"prompt": "q", "chosen": [ASK, REPLY], "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
+        (
+            {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
+            Comparison(asked(Q), (A,), (B,)),
+        ),
+        (
+            {"chosen": [ASK, REPLY], "rejected": [ASK, {"role": "assistant", "content": "b"}]},
+            Comparison(asked(Q), (A,), (B,)),
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            Comparison(asked(Q), (A,), (B,)),
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: x\n\nAssistant: y\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: x\n\nAssistant: y\n\nHuman: q\n\nAssistant: ",
+            },
+            Comparison(asked(Turn("user", "x"), Turn("assistant", "y"), Q), (A,), (Turn("assistant", ""),)),
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            },
+            Comparison(asked(Q), (A,), (B,)),
+        ),
+    ],
+)
+def test_comparisons(row, expected):
+    assert parse(row, "comparisons") == expected
+    assert parse(row, "prompts") == expected.prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "answer": "42"}, asked(Q, verbatim=True)),
+        ({"prompt": [ASK]}, asked(Q)),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:"}, asked(Q)),
+        ({"messages": [ASK]}, asked(Q)),
+        ({"messages": [ASK, REPLY]}, asked(Q)),
+        ({"messages": [ASK, REPLY, ASK]}, asked(Q, A, Q)),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, asked(Q)),
+        ({"instruction": "q", "input": "i", "output": "a"}, asked(Turn("user", "q\n\ni"))),
+        ({"question": "q", "answer": "a"}, asked(Q)),
+        ({"text": "q"}, asked(Q, verbatim=True)),
+    ],
+)
+def test_prompts_are_the_prompt_part_of_any_format(row, expected):
+    assert parse(row, "prompts") == expected
+
+
+def test_turns_of_one_side_in_a_row_become_one():
+    record = parse({"messages": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}, "examples")
+    assert record == Demonstration(asked(Q), (Turn("assistant", "a\n\nb"),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "why"),
+    [
+        ("examples", {"prompt": " ", "completion": "a"}, "prompt is empty"),
+        ("examples", {"prompt": "q", "completion": " "}, "completion is empty"),
+        ("examples", {"prompt": "q", "completion": 3}, "completion must be a list of messages"),
+        ("examples", {"prompt": "q", "completion": [ASK]}, "holds the assistant's turns alone"),
+        ("examples", {"messages": []}, "messages must be a list of messages"),
+        ("examples", {"messages": [ASK]}, "the last turn is user's"),
+        ("examples", {"messages": [REPLY]}, "no turn stands before"),
+        ("examples", {"messages": [ASK, {"role": "robot", "content": "x"}]}, "message 2 has the role 'robot'"),
+        ("examples", {"messages": [ASK, {"role": "assistant"}]}, "message 2: content must be text"),
+        ("examples", {"messages": [ASK, "hello"]}, "message 2 is str 'hello'"),
+        ("examples", {"messages": "hello"}, "must begin with"),
+        ("examples", {"instruction": "q", "output": 1}, "output must be text, got int"),
+        ("examples", {"question": "", "answer": "a"}, "question is empty"),
+        ("examples", {"text": "\n"}, "text is empty"),
+        ("comparisons", {"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        (
+            "comparisons",
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+            "they answer different prompts",
+        ),
+        ("prompts", {"messages": [REPLY]}, "no turn stands before"),
+        ("prompts", {"prompt": 4}, "prompt must be a list of messages"),
+    ],
+)
+def test_rows_that_are_not_of_their_format(kind, row, why):
+    with pytest.raises(RowError, match=why):
+        parse(row, kind)
+
+
+def test_unknown_columns():
+    with pytest.raises(FormatError, match=r"the columns are none; for comparisons they must include one of: prompt \+"):
+        recognise(frozenset(), "comparisons")
+    assert str(recognise(frozenset({"text", "prompt", "completion"}), "examples")) == "prompt + completion"
+    assert str(recognise(frozenset({"text", "prompt"}), "examples", whole_document=True)) == "text"
+
+
+def test_prompt_key_is_of_the_prompt_alone():
+    rows = [
+        ({"prompt": "q"}, "prompts"),
+        ({"prompt": "q", "completion": "a"}, "examples"),
+        ({"question": "q", "answer": "b"}, "examples"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "comparisons"),
+    ]
+    assert len({prompt_key(parse(row, kind)) for row, kind in rows}) == 1
+    assert prompt_key(parse({"prompt": "other"}, "prompts")) != prompt_key(parse({"prompt": "q"}, "prompts"))
