@@ -328,6 +328,7 @@ def test_any_interleaving_ends_in_order_and_within_the_bound(**run: int) -> None
     buffer = simulation.buffer
     assert [batch.iteration for batch in simulation.taken] == list(range(run["num_iterations"]))
     assert (buffer.version, buffer.num_rows_admitted) == (run["num_iterations"], 0)
+    assert not buffer._prompts
     for batch in simulation.taken:
         assert batch.num_rows == buffer.batch_rows
         assert 0 <= batch.mean_staleness <= batch.max_staleness <= run["bound"]

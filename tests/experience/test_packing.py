@@ -72,6 +72,21 @@ def test_fallback_leaves_no_pack_empty_while_a_pack_has_two() -> None:
     assert packing._fill_empty([[0], [1]], 3) == [[0], [1], []]
 
 
+def test_where_even_dealing_overflows_a_rank_still_gets_no_empty_pack() -> None:
+    # Best fit needs 7 packs, two ranks make it 8, and dealing to the emptiest of 8 overflows.
+    lengths = [45, 45, 44, 33, 40, 29, 34, 35, 47, 27, 50, 31, 49, 43, 37, 35, 32]
+    longest_first = sorted(range(17), key=lambda unit: (-lengths[unit], unit))
+    assert len(packing._best_fit(lengths, longest_first, 100)) == 7
+    assert packing._even(lengths, longest_first, 8, 100) is None
+    plan = plan_packs(lengths, 2, 100)
+    assert plan.num_packs == 4
+    assert all(pack for rank in plan.packs for pack in rank)
+
+
+def test_the_larger_pack_goes_to_the_rank_with_less() -> None:
+    assert loads(plan_packs([6, 5, 4, 3], 2, 6), [6, 5, 4, 3]) == [[6, 3], [5, 4]]
+
+
 def test_no_units_and_more_ranks_than_units() -> None:
     assert plan_packs([], 3, 10).packs == ((), (), ())
     assert plan_packs([], 3, 10).num_packs == 0

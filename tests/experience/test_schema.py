@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import doctest
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -75,3 +78,10 @@ def test_require_same_rows() -> None:
         with pytest.raises(SchemaError, match="scores: 1 rows where 2 were expected"):
             require_same_rows(expected, scores([3]))
     require_same_rows([], scores([]))
+
+
+def test_what_the_driver_imports_is_free_of_torch() -> None:
+    modules = "experience.schema, experience.packing, experience.table, experience.ledger, experience.buffer"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parent.parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
