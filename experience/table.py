@@ -67,7 +67,7 @@ class Experience:
         return {key: value for key, value in stored.items() if key not in RESERVED_KEYS}
 
     def row(self, index: int) -> dict[str, Cell]:
-        """One row, by column. Lists share memory with the table: do not write into them.
+        """One row, by column, for people and tests (50 us a row). Lists share memory with the table: do not write.
 
         Raises:
             IndexError: no such row.
