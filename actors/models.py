@@ -136,6 +136,9 @@ def load_causal_lm(config: ModelConfig, device: torch.device | str = "cpu", seed
         ModelError: the folder is missing or corrupt, weights are missing, or it is no causal language model.
     """
     network_config = _read_config(config)
+    architecture = (getattr(network_config, "architectures", None) or ["unknown"])[0]
+    if architecture.endswith("Classification"):
+        raise ModelError(f"{config.path} is a {architecture}, not a causal language model")
     network = _build(transformers.AutoModelForCausalLM, network_config, config, seed, may_miss=())
     model = CausalLM(network)
     _prepare(model, device)
@@ -248,27 +251,46 @@ def _prepare(model: PackedModel, device: torch.device | str) -> None:
             if is_rate and isinstance(value, float):
                 setattr(module, name, 0.0)
     model.to(device)
-    model.padded = not _keeps_packed_sequences_apart(model, torch.device(device))
+    with torch.no_grad():
+        model.padded = not _keeps_packed_sequences_apart(model, torch.device(device))
+        _require_causal(model, torch.device(device))
     if model.padded:
         logger.warning("%s cannot run packed sequences; running padded batches", type(model.network).__name__)
 
 
-@torch.no_grad()
 def _keeps_packed_sequences_apart(model: PackedModel, device: torch.device) -> bool:
     """Does the second sequence of a pack keep its hidden states when the first one changes, and when it is alone?"""
     base: Any = model.network.base_model
     if "position_ids" not in inspect.signature(base.forward).parameters or getattr(base, "_is_stateful", False):
         return False
+    first, second = _probe(model, 8, 3, device), _probe(model, 7, 5, device)
+    positions = torch.cat([torch.arange(8, device=device), torch.arange(7, device=device)])
+    states = model.hidden_states(base, torch.cat([first, second]), positions)[8:]
+    mate_changed = model.hidden_states(base, torch.cat([first.flip(0), second]), positions)[8:]
+    alone = model.hidden_states(base, second, positions[8:])
+    return _close(states, mate_changed) and _close(states, alone)
+
+
+def _require_causal(model: PackedModel, device: torch.device) -> None:
+    """Refuse a model in which a token sees later ones: its outputs would not be of prefixes."""
+    base: Any = model.network.base_model
+    tokens, positions = _probe(model, 8, 3, device), torch.arange(8, device=device)
+    later_changed = torch.cat([tokens[:7], tokens[:1]])
+    states = [model.hidden_states(base, row, positions)[:7] for row in (tokens, later_changed)]
+    if not _close(*states):
+        name = type(model.network).__name__
+        raise ModelError(f"{name} is no decoder: its tokens see the ones after them, so it cannot score prefixes")
+
+
+def _probe(model: PackedModel, length: int, factor: int, device: torch.device) -> Tensor:
+    """Tokens that differ from one another, of any vocabulary."""
     size = min(int(model.config.get_text_config().vocab_size), 64)
-    first = torch.arange(8, device=device)
-    second = torch.arange(7, device=device)
-    tokens = torch.cat([first * 3 % size, second * 5 % size])
-    changed = torch.cat([(first * 7 + 1) % size, second * 5 % size])
-    positions = torch.cat([first, second])
-    outputs = [model.hidden_states(base, pack, positions)[8:].float() for pack in (tokens, changed)]
-    outputs.append(model.hidden_states(base, tokens[8:], second).float())
-    tolerance = _FORWARD_TOLERANCE[next(model.parameters()).dtype] * float(outputs[0].abs().max())
-    return all(float((other - outputs[0]).abs().max()) <= tolerance for other in outputs[1:])
+    return torch.arange(1, length + 1, device=device) * factor % size
+
+
+def _close(states: Tensor, others: Tensor) -> bool:
+    tolerance = _FORWARD_TOLERANCE[states.dtype] * float(states.abs().max())
+    return float((others - states).abs().max()) <= tolerance
 
 
 def _flash_boundaries(position_ids_T: Tensor) -> dict[str, object]:

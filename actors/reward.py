@@ -71,16 +71,30 @@ class RewardActor:
         pieces = in_row_order(rows, [s[: len(part)] for s, part in zip(scores, rows, strict=True)], one_each)
         flat = torch.cat(pieces) if pieces else torch.zeros(0)
         sample_ids = own_ids(rollouts, own)
-        wrong = (~flat.isfinite()).nonzero()
-        if len(wrong):
-            at = int(wrong[0])
-            raise ScoreError(
-                f"{self._context.role}: sample {sample_ids[at].as_py()} has score {float(flat[at])} "
-                f"({len(wrong)} of {len(flat)} scores are not finite); its model is {self._config.model.path}"
-            )
+        self._require_finite(flat, sample_ids, tokens, own)
         column = make_batch(SCORES, {"sample_id": sample_ids, "score": pa.array(flat.numpy())})
         info = ColumnInfo(len(own), sum(lengths[row] for row in own), time.perf_counter() - started)
         return column, info
+
+    def _require_finite(self, scores: Tensor, sample_ids: pa.Array, tokens: ListColumn, own: range) -> None:
+        """Raise for the samples whose scores are not finite by their own fault.
+
+        NaN spreads over a pack (a weight of 0 times NaN is NaN), so suspects are scored again, each alone; where
+        forward is collective that cannot be done, and the whole pack is named.
+        """
+        suspects = (~scores.isfinite()).nonzero()[:, 0].tolist()
+        if not suspects:
+            return
+        guilty = suspects
+        if not self._engine.collective:
+            alone = [pack(tokens, [own[at]]).to(self._engine.device) for at in suspects]
+            again = self._engine.forward(alone, _last_scores)
+            guilty = [at for at, score in zip(suspects, again, strict=True) if not bool(score.isfinite().all())]
+        names = ", ".join(str(sample_ids[at].as_py()) for at in (guilty or suspects)[:5])
+        raise ScoreError(
+            f"{self._context.role}: the score of sample {names} is not finite ({len(guilty)} of {len(scores)} are "
+            f"not); the model is {self._config.model.path}"
+        )
 
     def _reencoded(self, rollouts: Sequence[pa.RecordBatch]) -> ListColumn:
         """The samples in the reward model's own tokens."""

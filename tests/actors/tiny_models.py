@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCAB = 64
 
 
-def tokenizer() -> Any:
-    """One token a byte for the printable characters, besides <pad> and <eos>."""
-    vocab = {"<pad>": 0, "<eos>": 1} | {chr(code): code - 32 + 2 for code in range(32, 32 + VOCAB - 2)}
+def tokenizer(backwards: bool = False) -> Any:
+    """One token for each of the characters from blank to ], besides <pad> and <eos>; numbered up, or down."""
+    numbers = range(VOCAB - 1, 1, -1) if backwards else range(2, VOCAB)
+    vocab = {"<pad>": 0, "<eos>": 1} | {chr(32 + place): number for place, number in enumerate(numbers)}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
