@@ -1,0 +1,291 @@
+"""A role's ranks as one supervised group.
+
+Invariants:
+
+- Methods are given as functions of the role's class (``group.call(PolicyActor.save, folder)``), so calls are typed,
+  and found by whoever looks for callers.
+- The first failure of any rank ends a call at once and carries that rank's traceback and the end of its log. Other
+  ranks may still be at work then; a group that has failed is not to be used again.
+- No wait is without a deadline, and a deadline names the ranks that were silent.
+- What a column method returns first stays in the object store of the rank's node, whatever its size: only the second,
+  small part comes to the caller. Columns are owned by the caller, so they outlive the process that made them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig, PlacementConfig
+from cluster.context import RankContext
+from cluster.errors import RoleFailed, RoleTimeout
+from cluster.host import AsyncHost, Host, meeting_point
+from cluster.placement import Placement, rank_resources
+
+T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+ColumnT = TypeVar("ColumnT")
+Ref: TypeAlias = "ray.ObjectRef"
+#: What a role's method gives: its value, or a coroutine of it.
+Given: TypeAlias = R | Coroutine[Any, Any, R]
+
+#: Ray returns objects below this many bytes through the caller's memory; at 0 all stay in the object store.
+ENVIRONMENT = {"RAY_max_direct_call_object_size": "0"}
+STREAM_AHEAD = 2
+ASYNC_CALLS = 1000
+LOG_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True)
+class _Rank:
+    handle: ActorHandle
+    node: str
+    pid: int
+    log: Path | None
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """How a role's processes are started: where, under which environment, and whether its methods are coroutines."""
+
+    role: str
+    placement: PlacementConfig
+    seed: int
+    log_dir: Path | None = None
+    environment: Mapping[str, str] | None = None
+    is_async: bool = False
+
+
+@dataclass(frozen=True)
+class RoleGroup(Generic[T]):
+    """The ranks of one role."""
+
+    role: str
+    ranks: tuple[_Rank, ...]
+    call_timeout_s: float
+
+    @classmethod
+    async def start(
+        cls,
+        role_class: Callable[..., T],
+        spec: RoleSpec,
+        placement: Placement,
+        config: ClusterConfig,
+        args: Sequence[Any],
+    ) -> RoleGroup[T]:
+        """Start a process for each rank in its place, and construct ``role_class(context, *args)`` in each.
+
+        Raises:
+            RoleFailed: a rank could not be started.
+            RoleTimeout: a rank was not there after ``config.start_timeout_s``.
+        """
+        handles = [_spawn(spec, placement, config, rank) for rank in range(spec.placement.num_ranks)]
+        unstarted = cls(spec.role, tuple(_Rank(handle, "?", 0, None) for handle in handles), config.start_timeout_s)
+        group, bundle = placement.of_rank(spec.role, 0)
+        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        meet = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=where).remote()
+        address, port = (await unstarted._wait("start", {0: meet}))[0]
+        contexts = [_context(spec, config, rank, address, port) for rank in range(len(handles))]
+        unstarted = replace(
+            unstarted,
+            ranks=tuple(
+                _Rank(handle, "?", 0, _log(context)) for handle, context in zip(handles, contexts, strict=True)
+            ),
+        )
+        started = await unstarted._wait(
+            "start",
+            {
+                rank: handle.start.remote(role_class, context, tuple(args))
+                for rank, (handle, context) in enumerate(zip(handles, contexts, strict=True))
+            },
+        )
+        ranks = tuple(
+            replace(rank, node=node, pid=pid) for rank, (node, pid) in zip(unstarted.ranks, started, strict=True)
+        )
+        return cls(spec.role, ranks, config.call_timeout_s)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the role."""
+        return len(self.ranks)
+
+    def with_deadline(self, seconds: float) -> RoleGroup[T]:
+        """The same group, whose calls may take ``seconds``."""
+        return replace(self, call_timeout_s=seconds)
+
+    async def call(
+        self, method: Callable[Concatenate[T, P], Given[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]:
+        """Call a method on every rank with the same arguments; returns each rank's answer.
+
+        An argument may be a reference, or a list of references, to what the method takes.
+
+        Raises:
+            RoleFailed: a rank raised or died.
+            RoleTimeout: a rank was silent.
+        """
+        calls = {rank: self._submit(rank, method, args, kwargs) for rank in range(self.num_ranks)}
+        return await self._wait(method.__qualname__, calls)
+
+    async def call_one(
+        self, rank: int, method: Callable[Concatenate[T, P], Given[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Call a method on one rank. Raises as ``call`` does."""
+        answers: list[R] = await self._wait(method.__qualname__, {rank: self._submit(rank, method, args, kwargs)})
+        return answers[0]
+
+    async def columns(
+        self, method: Callable[Concatenate[T, P], Given[tuple[ColumnT, R]]], *args: P.args, **kwargs: P.kwargs
+    ) -> list[tuple[Ref, R]]:
+        """Call a method that makes a column on every rank; returns references to the columns, each with what it says.
+
+        Raises as ``call`` does.
+        """
+        pairs = [self._submit(rank, method, args, kwargs, num_returns=2) for rank in range(self.num_ranks)]
+        infos = await self._wait(method.__qualname__, {rank: info for rank, (_, info) in enumerate(pairs)})
+        return [(column, info) for (column, _), info in zip(pairs, infos, strict=True)]
+
+    async def column_of(
+        self,
+        rank: int,
+        method: Callable[Concatenate[T, P], Given[tuple[ColumnT, R]]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[Ref, R]:
+        """As ``columns``, of one rank."""
+        column, info = self._submit(rank, method, args, kwargs, num_returns=2)
+        return column, (await self._wait(method.__qualname__, {rank: info}))[0]
+
+    async def stream(
+        self,
+        rank: int,
+        method: Callable[Concatenate[T, P], Iterator[R] | AsyncIterator[R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> AsyncIterator[Ref]:
+        """References to what a method of one rank yields, as it yields; it runs ``STREAM_AHEAD`` items ahead at most.
+
+        Raises as ``call`` does; the deadline is for each item.
+        """
+        handle = self.ranks[rank].handle
+        generator = handle.stream.options(
+            num_returns="streaming", _generator_backpressure_num_objects=STREAM_AHEAD
+        ).remote(method, _positional(args, kwargs))
+        iterator = generator.__aiter__()
+        while True:
+            try:
+                (item,) = await self._wait(method.__qualname__, {rank: iterator.__anext__()})
+            except StopAsyncIteration:
+                return
+            yield item
+
+    def shutdown(self) -> None:
+        """End every process of the role at once."""
+        for rank in self.ranks:
+            ray.kill(rank.handle)
+
+    def _submit(
+        self,
+        rank: int,
+        method: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        num_returns: int = 1,
+    ) -> Any:
+        handle = self.ranks[rank].handle
+        return handle.call.options(num_returns=num_returns).remote(method, _positional(args, kwargs))
+
+    async def _wait(self, method: str, answers: Mapping[int, Awaitable[Any]]) -> list[Any]:
+        """The answers in the order of their ranks, or the first failure, or who was silent."""
+        tasks = {asyncio.ensure_future(answer): rank for rank, answer in answers.items()}
+        try:
+            done, waiting = await asyncio.wait(
+                tasks, timeout=self.call_timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            for task in done:
+                error = task.exception()
+                if isinstance(error, RayError):
+                    raise self._failure(tasks[task], method, error) from error
+                if error is not None:
+                    raise error
+            if waiting:
+                silent = sorted(tasks[task] for task in waiting)
+                raise RoleTimeout(self.role, method, silent, self.num_ranks, self.call_timeout_s)
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _failure(self, rank: int, method: str, error: RayError) -> RoleFailed:
+        process = self.ranks[rank]
+        if isinstance(error, RayTaskError):
+            what = f"{method} raised\n{str(error).strip()}"
+        elif isinstance(error, RayActorError):
+            what = f"its process (pid {process.pid}) died during {method}: {error}"
+        else:
+            what = f"{method}: {error}"
+        return RoleFailed(self.role, rank, process.node, what, _tail(process.log))
+
+
+def _spawn(spec: RoleSpec, placement: Placement, config: ClusterConfig, rank: int) -> ActorHandle:
+    group, bundle = placement.of_rank(spec.role, rank)
+    resources = rank_resources(spec.placement, config.accelerator_resource)
+    num_gpus = resources.pop("GPU", 0)
+    threads = {"OMP_NUM_THREADS": str(spec.placement.num_threads)}
+    host = AsyncHost if spec.is_async else Host
+    options: dict[str, Any] = {
+        "num_cpus": resources.pop("CPU"),
+        "num_gpus": num_gpus,
+        "resources": resources,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        "runtime_env": {"env_vars": {**ENVIRONMENT, **threads, **(spec.environment or {})}},
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+    if spec.is_async:
+        options["max_concurrency"] = ASYNC_CALLS
+    return ray.remote(host).options(**options).remote()
+
+
+def _context(spec: RoleSpec, config: ClusterConfig, rank: int, address: str, port: int) -> RankContext:
+    accelerated = spec.placement.gpus_per_rank > 0 and config.accelerator_resource == "GPU"
+    return RankContext(
+        role=spec.role,
+        rank=rank,
+        num_ranks=spec.placement.num_ranks,
+        local_rank=rank % spec.placement.ranks_per_node,
+        master_address=address,
+        master_port=port,
+        device="cuda" if accelerated else "cpu",
+        num_threads=spec.placement.num_threads,
+        log_dir=spec.log_dir,
+        seed=spec.seed,
+    )
+
+
+def _positional(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    if kwargs:
+        raise TypeError(f"arguments of a role's methods are given by position, got {sorted(kwargs)} by name")
+    return tuple(args)
+
+
+def _log(context: RankContext) -> Path | None:
+    return None if context.log_dir is None else context.log_dir / f"{context.role}-{context.rank}.log"
+
+
+def _tail(log: Path | None) -> str:
+    """The end of a log, where this machine can see it."""
+    if log is None or not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace").strip()
