@@ -113,6 +113,13 @@ def test_template_that_rewrites_the_past_is_refused_by_row(of):
         renderer.demonstration(demonstration("a", "bb", "c", "dd"))
 
 
+def test_template_whose_answer_does_not_follow_its_question_is_refused_by_row(of):
+    thinking = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    prompt = Prompt(turns("a"), verbatim=False)
+    with pytest.raises(RowError, match="before turn 2 otherwise"):
+        of(thinking).response(prompt, turns("b", first=BOT))
+
+
 def test_template_that_refuses_the_turns_is_named(of):
     two_users = Prompt((Turn(USER, "a"), Turn(USER, "b")), verbatim=False)
     with pytest.raises(RowError, match="the chat template refuses these turns: roles must alternate"):

@@ -106,12 +106,16 @@ def test_held_out_rows_stay_held_out_when_data_grow(plain, jsonl):
 
 def test_the_same_prompt_is_held_out_in_every_kind(plain, jsonl):
     rows = [{"prompt": f"{n} the", "chosen": " cat", "rejected": " dog", "completion": " log"} for n in range(60)]
-    path = jsonl(*rows)
-    config = {"heldout_fraction": 0.3}
-    prompts = make(plain, "prompts", path, **config).heldout().batch["tokens"].to_pylist()
-    examples = make(plain, "examples", path, **config).heldout().batch["tokens"].to_pylist()
-    comparisons = make(plain, "comparisons", path, **config).heldout().batch["tokens"].to_pylist()
-    assert 0 < len(prompts) < 60
+    def heldout(kind, skipped):
+        path = jsonl(*rows[skipped:], name=f"{kind}.jsonl")
+        data = make(plain, kind, path, heldout_fraction=0.3)
+        return data.heldout().batch["tokens"].to_pylist()
+
+    prompts, examples, comparisons = heldout("prompts", 0), heldout("examples", 5), heldout("comparisons", 9)
+    assert 5 < len(prompts) < 60
+    count = len(comparisons) // 2
+    assert count > 5
+    prompts, examples = prompts[-count:], examples[-count:]
     for prompt, example, chosen in zip(prompts, examples, comparisons[::2], strict=True):
         assert example[: len(prompt)] == prompt == chosen[: len(prompt)]
 

@@ -86,6 +86,18 @@ def test_sources_are_interleaved():
     assert 0.4 < first_half < 0.6
 
 
+def test_interleaving_differs_from_epoch_to_epoch():
+    mixture = Mixture((50, 50), None, 3)
+    assert ((mixture.epoch(0) < 50) != (mixture.epoch(1) < 50)).any()
+
+
+def test_a_source_is_gone_through_in_another_order_each_time():
+    mixture = Mixture((20, 10), (1.0, 2.0), 3)
+    first, second = (set(mixture.epoch(number)[mixture.epoch(number) < 20].tolist()) for number in (0, 2))
+    assert len(first) == len(second) == 10
+    assert first != second
+
+
 def test_empty_sources_are_refused():
     with pytest.raises(ValueError, match="every source of a mixture needs a row"):
         Mixture((3, 0), None, 0)

@@ -44,7 +44,7 @@ WRITERS = {
     "a.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(JSONL.encode())), [1, 2, 3]),
     "list.json": (lambda path: path.write_text(json.dumps(ROWS, indent=2)), [2, 6, 10]),
     "dense.json": (lambda path: path.write_text(json.dumps(ROWS)), [1, 1, 1]),
-    "inside.json": (lambda path: path.write_text(json.dumps({"v": {"a": 1}, "x": ROWS, "z": 1}, indent=1)), [6, 10, 14]),
+    "inside.json": (lambda path: path.write_text(json.dumps({"v": {"a": 1}, "x": ROWS}, indent=1)), [6, 10, 14]),
     "lines.json": (lambda path: path.write_text(JSONL), [1, 2, 3]),
     "a.csv": (write_csv, [2, 3, 5]),
     "a.tsv": (lambda path: write_csv(path, "\t"), [2, 3, 5]),
