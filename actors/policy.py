@@ -27,7 +27,7 @@ from actors.packed import ResponsePack, Samples, response_logprobs
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
-from actors.weights import WeightBucket
+from actors.weights import Tally, WeightBucket, WeightManifest
 from algorithms.config import PPOConfig
 from cluster.context import RankContext
 from experience.schema import CREDIT, POLICY_LOGPROBS, check_schema, require_same_rows
@@ -69,6 +69,7 @@ class PolicyActor:
         self._temperature = sampling.temperature
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
         self._tokenizer = load_tokenizer(config.model)
+        self._tally = Tally()
         self._engine = TrainEngine(load_causal_lm(config.model, seed=seed), context, config)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
@@ -129,15 +130,24 @@ class PolicyActor:
     def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
         """The weights for the rollout engines, bucket by bucket, under their Hugging Face names.
 
-        Collective where weights are sharded (stage 3): every rank iterates to the end. The first rank yields the
-        buckets, the others nothing.
+        Called on the first rank. Where weights are sharded (stage 3) it is collective: the other ranks take part by
+        ``join_gather``, at the same time.
         """
-        if self._context.rank == 0:
-            for bucket in self._engine.weights(bucket_bytes):
-                yield WeightBucket.of(bucket)
-        elif self._config.zero.stage == 3:
+        self._tally = Tally()
+        for parameters in self._engine.weights(bucket_bytes):
+            bucket = WeightBucket.of(parameters)
+            self._tally.add(bucket)
+            yield bucket
+
+    def join_gather(self, bucket_bytes: int) -> None:
+        """Take part in the first rank's ``weight_buckets``; without sharded weights there is nothing to do."""
+        if self._config.zero.stage == 3:
             for _ in self._engine.weights(bucket_bytes):
                 pass
+
+    def weight_manifest(self, version: int) -> WeightManifest:
+        """What the buckets that were last sent make up together, as ``version``."""
+        return self._tally.manifest(version)
 
     def save(self, folder: Path) -> None:
         """Write everything that training goes on from. Collective."""

@@ -1,0 +1,185 @@
+"""The rollout role: one vLLM engine that answers prompts with the policy's weights.
+
+Invariants:
+
+- An engine that has not been given a whole set of weights generates nothing. That holds for one that was started
+  anew: what it booted from is not the policy of now.
+- A response is a function of (seed, sample id, weights): not of the engine, nor of what else it was generating.
+- Every response token carries its log-prob as sampled and the version of the weights that drew it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from actors.config import ModelConfig, RolloutConfig
+from actors.errors import RoleError
+from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightsRefused
+from cluster.context import RankContext
+from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
+
+if TYPE_CHECKING:
+    from actors.vllm_engine import Completion
+
+_MASK = (1 << 64) - 1
+
+
+class RolloutError(RoleError):
+    """A prompt that cannot be answered, or an engine that may not answer."""
+
+
+@dataclass(frozen=True)
+class RolloutInfo:
+    """What the driver knows of a slice. Tokens are response tokens; versions are over all of them."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    num_tokens: int
+    oldest_version: int
+    newest_version: int
+    seconds: float
+
+
+def engine_environment(on_gpu: bool) -> dict[str, str]:
+    """Environment that an engine's process must be started with: vLLM reads it when it is imported."""
+    shared = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if on_gpu:
+        return shared
+    # Compiling the sampler's helpers takes 20 s on CPU and gains nothing there; threads are bound by Ray, not by vLLM.
+    return {**shared, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class RolloutActor:
+    """One engine. Its methods are coroutines: many slices are under way at a time."""
+
+    def __init__(self, context: RankContext, config: RolloutConfig, model: ModelConfig, seed: int) -> None:
+        """Start the engine, which loads ``model`` and waits for weights."""
+        # Here, so that the driver, which imports this class to name it, does not import vLLM.
+        from actors import vllm_engine
+
+        self._config = config
+        self._seed = seed
+        self._sampling_params = vllm_engine.sampling_params
+        self._engine = vllm_engine.Engine(config, model, on_gpu=context.device == "cuda", seed=seed)
+        self._segment = SharedSegment(f"{context.role}-{context.rank}")
+        self._tally = Tally()
+        self._version: int | None = None
+        self._num_calls = 0
+
+    async def generate(self, prompts: pa.RecordBatch, rows: list[int]) -> tuple[pa.RecordBatch, RolloutInfo]:
+        """Answer some rows of a PROMPTS batch: ROLLOUT of ``samples_per_prompt`` rows each, in their order.
+
+        Raises:
+            RolloutError: no weights yet, or a prompt leaves no room for a response.
+            EngineDead: the engine died.
+        """
+        began = time.perf_counter()
+        check_schema(prompts, PROMPTS)
+        if self._version is None:
+            raise RolloutError("the engine has not been given the policy's weights; publish them first")
+        ids = [prompts.column("prompt_id")[row].as_py() for row in rows]
+        tokens = [prompts.column("tokens")[row].values.to_numpy().tolist() for row in rows]
+        for prompt_id, prompt in zip(ids, tokens, strict=True):
+            self._require_room(prompt_id, len(prompt))
+        self._num_calls += 1
+        num_each = self._config.sampling.samples_per_prompt
+        samples = [
+            (prompt_id * num_each + k, prompt_id, prompt)
+            for prompt_id, prompt in zip(ids, tokens, strict=True)
+            for k in range(num_each)
+        ]
+        completions = await asyncio.gather(*(self._answer(sample_id, prompt) for sample_id, _, prompt in samples))
+        batch = _rollout(samples, completions)
+        versions = [version for completion in completions for version, _, _ in completion.versions]
+        info = RolloutInfo(
+            prompt_ids=tuple(ids),
+            num_samples=len(samples),
+            num_tokens=sum(len(completion.tokens) for completion in completions),
+            oldest_version=min(versions),
+            newest_version=max(versions),
+            seconds=time.perf_counter() - began,
+        )
+        return batch, info
+
+    async def begin_update(self) -> None:
+        """Freeze generation and make ready for new weights."""
+        self._tally = Tally()
+        await self._engine.begin_update()
+
+    async def receive(self, bucket: WeightBucket) -> None:
+        """Load one bucket of weights."""
+        self._segment.write(bucket.payload)
+        await self._engine.load(bucket, str(self._segment.path))
+        self._tally.add(bucket)
+
+    async def finish_update(self, manifest: WeightManifest) -> None:
+        """Go on generating, with the weights that came.
+
+        Raises:
+            WeightsRefused: they are not all that was sent. The engine is dead then.
+        """
+        came = self._tally.manifest(manifest.version)
+        if came != manifest:
+            why = f"the update was {manifest}, what came was {came}"
+            await self._engine.fail_update(why)
+            raise WeightsRefused(why)
+        await self._engine.finish_update(manifest.version)
+        self._version = manifest.version
+
+    def _require_room(self, prompt_id: int, num_tokens: int) -> None:
+        context, response = self._engine.max_model_tokens, self._config.sampling.max_response_tokens
+        if num_tokens > context - response:
+            raise RolloutError(
+                f"prompt {prompt_id} has {num_tokens} tokens; with responses of up to {response} the engine's {context} "
+                f"take prompts of {context - response}: lower data.max_tokens or raise rollout.max_model_tokens"
+            )
+
+    async def _answer(self, sample_id: int, prompt: Sequence[int]) -> Completion:
+        params = self._sampling_params(self._config.sampling, sample_seed(self._seed, sample_id))
+        return await self._engine.generate(f"{sample_id}-{self._num_calls}", prompt, params)
+
+
+def sample_seed(seed: int, sample_id: int) -> int:
+    """The seed of one response, 63 bits: SplitMix64 (Steele et al. 2014) of the run's seed and the sample's id."""
+    state = (seed * 0x9E3779B97F4A7C15 + sample_id + 1) & _MASK
+    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (state ^ (state >> 31)) >> 1
+
+
+def _rollout(
+    samples: Sequence[tuple[int, int, Sequence[int]]], completions: Sequence[Completion]
+) -> pa.RecordBatch:
+    prompt_lengths = [len(prompt) for _, _, prompt in samples]
+    lengths = [len(completion.tokens) for completion in completions]
+    pairs = zip(samples, completions, strict=True)
+    tokens = [token for (_, _, prompt), done in pairs for token in (*prompt, *done.tokens)]
+    logprobs = [logprob for done in completions for logprob in done.logprobs]
+    spans = [span for done in completions for span in done.versions]
+    versions = np.repeat([version for version, _, _ in spans], [end - start for _, start, end in spans])
+    totals = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
+    return make_batch(
+        ROLLOUT,
+        {
+            "sample_id": [sample_id for sample_id, _, _ in samples],
+            "prompt_id": [prompt_id for _, prompt_id, _ in samples],
+            "tokens": _lists(np.array(tokens, dtype=np.int32), totals),
+            "num_prompt_tokens": prompt_lengths,
+            "rollout_logprobs": _lists(np.array(logprobs, dtype=np.float32), lengths),
+            "policy_versions": _lists(versions.astype(np.int32), lengths),
+            "finish_reason": [done.finish_reason for done in completions],
+        },
+    )
+
+
+def _lists(values: np.ndarray[tuple[int], np.dtype[np.generic]], lengths: Sequence[int]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
