@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from algorithms.logprobs import entropy, token_logprobs
-from algorithms.losses import clipped_policy_loss
 from torch import Tensor, nn
 
 from actors.config import PolicyConfig, SamplingConfig
@@ -29,6 +27,8 @@ from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
 from actors.weights import Tally, WeightBucket, WeightManifest
 from algorithms.config import PPOConfig
+from algorithms.logprobs import entropy, token_logprobs
+from algorithms.losses import clipped_policy_loss
 from cluster.context import RankContext
 from experience.schema import CREDIT, POLICY_LOGPROBS, check_schema, require_same_rows
 from experience.tensors import list_column

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from actors.config import (
     CriticConfig,
@@ -26,6 +27,7 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reports import ColumnInfo, TrainReport
 from actors.reward import RewardActor
+from actors.weights import unpack
 from algorithms.config import PPOConfig, SupervisedConfig
 from cluster.context import RankContext
 
@@ -147,10 +149,15 @@ def set_labels(folder: Path, labels: list[str]) -> None:
 
 def sent_weights(own: RankContext, folder: Path, stage: int) -> dict[str, Any]:
     """What arrives of the weights that this rank sends."""
+    actor = policy(own, folder, stage)
+    if own.rank > 0:
+        actor.join_gather(20_000)
+        return {}
+    buckets = list(actor.weight_buckets(20_000))
+    manifest = actor.weight_manifest(7)
+    assert (manifest.version, manifest.num_parameters) == (7, sum(len(bucket.entries) for bucket in buckets))
     return {
-        name: tensor.clone()
-        for bucket in policy(own, folder, stage).weight_buckets(20_000)
-        for name, tensor in bucket.entries
+        name: tensor for bucket in buckets for name, tensor in unpack(torch.from_numpy(bucket.payload), bucket.entries)
     }
 
 
