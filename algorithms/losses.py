@@ -7,6 +7,8 @@ Invariants:
 - A loss is a sum over what it is given, divided by a ``denominator`` that the caller counts over the whole global
   batch. Adding up micro-batches and ranks gives the loss of the batch, however it was cut.
 - So is every metric.
+- A micro-batch of nothing gives a loss of 0 and a gradient of 0, so that a rank without work can still take part.
+- Gradients flow into what the model gives (first argument, entropy, both scores of a pair) and into nothing else.
 """
 
 from __future__ import annotations
@@ -15,12 +17,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from algorithms.errors import AlgorithmError
+from algorithms.kl import k3
+from algorithms.shapes import require_positive, require_same_length
+
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 def next_token_loss(logprobs_T: Tensor, mask_T: Tensor, denominator: float) -> Loss:
-    """Cross-entropy in nats: ``-sum mask * logprobs / denominator``. ``denominator``: learnt tokens of the batch."""
-    loss = -(logprobs_T * mask_T).sum() / denominator
+    """Cross-entropy in nats: minus the sum of the log-probs where ``mask`` is not 0, over ``denominator``.
+
+    Metrics: ``nats_per_token``.
+
+    Args:
+        mask_T: bool or 0 and 1. What is masked may be anything, also infinite.
+        denominator: learnt tokens of the global batch.
+
+    Raises:
+        AlgorithmError: lengths differ, or the denominator is not positive.
+    """
+    require_same_length(logprobs=logprobs_T, mask=mask_T)
+    require_positive(denominator)
+    loss = -logprobs_T.where(mask_T != 0, 0).sum() / denominator
     return loss, {"nats_per_token": loss.detach()}
 
 
@@ -39,12 +57,20 @@ def clipped_policy_loss(
     ``sum max(-A r, -A clip(r, 1 - c, 1 + c)) / denominator`` with ``r = exp(policy - behaviour)``.
 
     Metrics: ``ratio`` its mean; ``clip_fraction`` where the clipped term was larger and the gradient is 0;
-    ``approx_kl`` the mean of ``(r - 1) - log r``, the KL from behaviour to policy; ``entropy``.
+    ``approx_kl`` the mean of ``(r - 1) - log r``: k3 of KL(behaviour, policy); ``entropy``, where it is given.
 
     Args:
-        behaviour_logprobs_T: of the policy that drew the tokens; no gradient flows into it.
+        behaviour_logprobs_T: of the policy that drew the tokens.
+        clip_ratio: c, from 0.
         denominator: response tokens of the whole minibatch.
+        entropy_T: without it ``entropy_coefficient`` must be 0.
+
+    Raises:
+        AlgorithmError: lengths differ, the denominator is not positive, or a bonus is asked of no entropy.
     """
+    require_same_length(policy=policy_logprobs_T, behaviour=behaviour_logprobs_T, advantages=advantages_T)
+    require_positive(denominator)
+    advantages_T = advantages_T.detach()
     log_ratio = policy_logprobs_T - behaviour_logprobs_T.detach()
     ratio = log_ratio.exp()
     plain = -advantages_T * ratio
@@ -55,10 +81,13 @@ def clipped_policy_loss(
             "policy_loss": policy_loss.detach(),
             "ratio": ratio.sum() / denominator,
             "clip_fraction": (clipped > plain).sum() / denominator,
-            "approx_kl": (ratio - 1 - log_ratio).sum() / denominator,
+            "approx_kl": k3(behaviour_logprobs_T, policy_logprobs_T).sum() / denominator,
         }
     if entropy_T is None:
+        if entropy_coefficient:
+            raise AlgorithmError(f"entropy_coefficient is {entropy_coefficient}, but no entropy was given")
         return policy_loss, metrics
+    require_same_length(policy=policy_logprobs_T, entropy=entropy_T)
     mean_entropy = entropy_T.sum() / denominator
     loss = policy_loss - entropy_coefficient * mean_entropy if entropy_coefficient else policy_loss
     return loss, {**metrics, "entropy": mean_entropy.detach()}
@@ -75,10 +104,21 @@ def clipped_value_loss(
     """Half the squared error of the values, the larger of plain and clipped.
 
     ``sum 0.5 max((V - R)^2, (clip(V, V_rollout - c, V_rollout + c) - R)^2) / denominator``
-    (Stiennon et al. 2020 and the PPO code before it).
+    (``vf_loss`` of lm-human-preferences and of OpenAI's baselines before it).
 
     Metrics: ``value_loss``; ``value_clip_fraction`` where the clipped error was larger; ``value`` its mean.
+
+    Args:
+        rollout_values_T: what the critic said before the iteration's first update.
+        clip_value: c; none takes the plain error.
+        denominator: response tokens of the whole minibatch.
+
+    Raises:
+        AlgorithmError: lengths differ, or the denominator is not positive.
     """
+    require_same_length(values=values_T, rollout_values=rollout_values_T, returns=returns_T)
+    require_positive(denominator)
+    rollout_values_T, returns_T = rollout_values_T.detach(), returns_T.detach()
     error = (values_T - returns_T).square()
     if clip_value is None:
         clipped_error = error
@@ -98,8 +138,19 @@ def clipped_value_loss(
 def pairwise_loss(chosen_scores_N: Tensor, rejected_scores_N: Tensor, *, denominator: float) -> Loss:
     """Bradley-Terry: ``-sum log sigmoid(chosen - rejected) / denominator`` (Ouyang et al. 2022, equation 1, K = 2).
 
-    Metrics: ``accuracy``, a tie counting half; ``margin`` the mean of ``chosen - rejected``; ``score``.
+    Gradients flow into both. Untrained, with all scores equal, it is ln 2 a pair.
+
+    Metrics: ``accuracy``, a tie counting half; ``margin`` the mean of ``chosen - rejected``; ``score`` the mean of
+    all scores.
+
+    Args:
+        denominator: pairs of the global batch.
+
+    Raises:
+        AlgorithmError: lengths differ, or the denominator is not positive.
     """
+    require_same_length(chosen=chosen_scores_N, rejected=rejected_scores_N)
+    require_positive(denominator)
     margin = chosen_scores_N - rejected_scores_N
     loss = -logsigmoid(margin).sum() / denominator
     with torch.no_grad():

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from algorithms.errors import ShapeMismatch
 from algorithms.kl import k1
+from algorithms.shapes import require_offsets, require_same_length
 
 
 def shape_scores(
@@ -20,16 +22,28 @@ def shape_scores(
 ) -> Tensor:
     """Scores as they enter the reward, (N,): clipped, then changed where a response did not end by itself.
 
+    The order matters: a score that replaces, and a penalty, are not clipped; both may be there at once.
+
+    >>> shape = dict(clip=5.0, missing_eos_score=None, missing_eos_penalty=1.0)
+    >>> shape_scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False]), **shape)
+    tensor([5., 4.])
+
     Args:
         finished_N: bool; false where generation was cut off.
-        clip: scores are clipped to ``[-clip, clip]``.
-        missing_eos_score: replaces the score of an unfinished response (Huang et al. 2024, detail 13).
-        missing_eos_penalty: is subtracted from it.
+        clip: scores are clipped to ``[-clip, clip]`` (DeepSpeed-Chat: 5).
+        missing_eos_score: replaces the score of an unfinished response (Ziegler et al. 2019, and Huang et al. 2024:
+            -1).
+        missing_eos_penalty: is subtracted from it (TRL).
+
+    Raises:
+        ShapeMismatch: the two differ in length.
     """
-    shaped = scores_N if clip is None else scores_N.clamp(-clip, clip)
+    require_same_length(scores=scores_N, finished=finished_N)
+    unfinished_N = ~finished_N.bool()
+    shaped_N = scores_N if clip is None else scores_N.clamp(-clip, clip)
     if missing_eos_score is not None:
-        shaped = shaped.where(finished_N, missing_eos_score)
-    return shaped - missing_eos_penalty * (~finished_N).to(shaped)
+        shaped_N = shaped_N.masked_fill(unfinished_N, missing_eos_score)
+    return shaped_N - missing_eos_penalty * unfinished_N.to(shaped_N)
 
 
 def per_token_rewards(
@@ -37,12 +51,17 @@ def per_token_rewards(
 ) -> Tensor:
     """``-coefficient * (behaviour - reference)`` on each token, and the score on top of the last, (T,).
 
-    (Ouyang et al. 2022, equation 2, token by token; the KL is k1 of the policy that drew the tokens.)
+    Summed over a sample this is InstructGPT's ``r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))`` (Ouyang et al. 2022,
+    equation 2, without its pre-training term). The KL is k1 of the policy that drew the tokens, a number: no gradient
+    flows through the reward. The score lands on the last real token (OpenRLHF), not one past it (TRL).
 
     Raises:
-        ValueError: a sample has no response token to carry its score.
+        ShapeMismatch: lengths differ, or a sample has no response token to carry its score.
     """
-    if bool((offsets.diff() < 1).any()):
-        raise ValueError(f"sample {int((offsets.diff() < 1).nonzero()[0])} of the batch has no response token")
-    rewards = -kl_coefficient * k1(behaviour_logprobs_T, ref_logprobs_T)
-    return rewards.index_add(0, offsets[1:] - 1, scores_N.to(rewards))
+    require_same_length(behaviour_logprobs=behaviour_logprobs_T, ref_logprobs=ref_logprobs_T)
+    require_offsets(offsets, len(ref_logprobs_T))
+    require_same_length(scores=scores_N, lengths=offsets[1:])
+    if bool((empty := offsets.diff() < 1).any()):
+        raise ShapeMismatch(f"sample {int(empty.nonzero()[0])} of the batch has no response token to carry its score")
+    rewards_T = -kl_coefficient * k1(behaviour_logprobs_T.detach(), ref_logprobs_T)
+    return rewards_T.index_add(0, offsets[1:] - 1, scores_N.to(rewards_T))
