@@ -228,7 +228,7 @@ class RoleGroup(Generic[T]):
     def _failure(self, rank: int, method: str, error: RayError) -> RoleFailed:
         process = self.ranks[rank]
         if isinstance(error, RayTaskError):
-            what = f"{method} raised\n{str(error).strip()}"
+            what = f"{method} raised {type(error.cause).__name__}: {error.cause}\n{str(error).strip()}"
         elif isinstance(error, RayActorError):
             what = f"its process (pid {process.pid}) died during {method}: {error}"
         else:

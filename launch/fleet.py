@@ -1,0 +1,113 @@
+"""Several rollout engines behind one handle that keeps each of them busy.
+
+Invariants:
+
+- A prompt is sent to exactly one engine, with all its samples, so that they share the prefix.
+- An engine never holds more than ``prompts_in_flight_per_engine`` prompts; what is over waits here, where it can
+  still go to whichever engine is free first.
+- Prompts leave in slices that shrink towards the end of a batch: the last ones decide when a batch is done, so
+  they are spread thinly over all engines instead of queueing behind one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from actors.rollout import RolloutActor, RolloutInfo
+from cluster.group import Ref, RoleGroup
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One finished slice: its rows of the ROLLOUT schema by reference, and what the driver knows of them."""
+
+    rollout: Ref
+    info: RolloutInfo
+    engine: int
+
+
+class RolloutFleet:
+    """Hands prompts to the least loaded engine.
+
+    Args:
+        engines: the engines, one rank each.
+        prompts_in_flight_per_engine: prompts that an engine may hold.
+        largest_slice: prompts sent in one call, at most.
+        on_dispatch: told of each slice as it leaves: its prompt ids and the engine's rank.
+    """
+
+    def __init__(
+        self,
+        engines: RoleGroup[RolloutActor],
+        *,
+        prompts_in_flight_per_engine: int,
+        largest_slice: int,
+        on_dispatch: Callable[[Sequence[int], int], None],
+    ) -> None:
+        self.engines = engines
+        self._capacity = prompts_in_flight_per_engine
+        self._largest_slice = min(largest_slice, prompts_in_flight_per_engine)
+        self._on_dispatch = on_dispatch
+        self._in_flight = [0] * engines.num_ranks
+        self._changed = asyncio.Condition()
+
+    @property
+    def prompts_in_flight(self) -> int:
+        """Prompts that the engines hold now."""
+        return sum(self._in_flight)
+
+    async def generate(self, prompts: Ref, prompt_ids: Sequence[int]) -> AsyncIterator[Generated]:
+        """Generate for every row of a PROMPTS batch, whose ids are ``prompt_ids``; yields slices as they finish.
+
+        Raises:
+            ClusterError: an engine failed or was silent; the slices that had not come are lost with it.
+        """
+        running: set[asyncio.Task[Generated]] = set()
+        first = 0
+        try:
+            while first < len(prompt_ids) or running:
+                while first < len(prompt_ids):
+                    size = self._slice(len(prompt_ids) - first)
+                    engine = self._least_loaded(size)
+                    if engine is None:
+                        break
+                    rows = list(range(first, first + size))
+                    self._in_flight[engine] += size
+                    self._on_dispatch(prompt_ids[first : first + size], engine)
+                    running.add(asyncio.create_task(self._run(engine, prompts, rows)))
+                    first += size
+                if not running:  # another batch holds the engines
+                    async with self._changed:
+                        await self._changed.wait()
+                    continue
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            await _cancel(running)
+
+    async def _run(self, engine: int, prompts: Ref, rows: list[int]) -> Generated:
+        try:
+            rollout, info = await self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
+        finally:
+            self._in_flight[engine] -= len(rows)
+            async with self._changed:
+                self._changed.notify_all()
+        return Generated(rollout, info, engine)
+
+    def _slice(self, remaining: int) -> int:
+        """Guided self-scheduling: half of an even share of what remains, within the limits."""
+        share = -(-remaining // (2 * self.engines.num_ranks))
+        return max(1, min(self._largest_slice, share, remaining))
+
+    def _least_loaded(self, size: int) -> int | None:
+        engine = min(range(len(self._in_flight)), key=lambda i: (self._in_flight[i], i))
+        return engine if self._in_flight[engine] + size <= self._capacity else None
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Generated]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

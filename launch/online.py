@@ -1,0 +1,240 @@
+"""The online driver: generate with the current policy, label, train at once.
+
+Two coroutines share a buffer. ``_produce`` draws prompts while the buffer has a slot, hands them to the engines
+and has every slice scored by all scoring roles the moment it is generated. ``_consume`` takes whole batches in the
+order their prompts were drawn, has credit assigned, trains policy and critic at the same time, publishes the
+policy's weights, and only then frees the slot.
+
+Invariants:
+
+- This process holds row counts, ids, lengths, versions and references: no token passes through it.
+- Nothing waits for a phase to end: a slice is scored while others are generated, and with
+  ``online.max_staleness`` k the next k batches are generated while this one is trained on.
+- The ledger knows every prompt drawn; its books balance at every checkpoint.
+- If either coroutine fails the other ends, and the failure is what the run ends with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.credit import CreditActor, CreditReport
+from actors.critic import CriticActor
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reports import TrainReport
+from actors.reward import RewardActor
+from actors.source import SourceActor
+from cluster.group import Ref
+from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
+from launch.config import PPORunConfig
+from launch.fleet import Generated, RolloutFleet
+from launch.online_state import OnlineState
+from launch.publish import publish_weights
+from launch.recorder import Recorder, Stopwatch
+from launch.roles import PPORoles
+from launch.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A slice with every column, ready for credit. Each column is one reference a scoring rank, in row order."""
+
+    rollout: Ref
+    ref_logprobs: list[Ref]
+    values: list[Ref]
+    scores: list[Ref]
+    policy_logprobs: list[Ref]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All slices of one iteration by column, in the order their prompts were drawn."""
+
+    rollouts: list[Ref]
+    ref_logprobs: list[Ref]
+    values: list[Ref]
+    scores: list[Ref]
+    policy_logprobs: list[Ref]
+
+    @classmethod
+    def of(cls, batch: Batch[Scored]) -> Experience:
+        """The references of a batch. Its chunks are ordered, so rows do not depend on which engine was faster."""
+        slices = [chunk.payload for chunk in batch.chunks]
+        return cls(
+            [scored.rollout for scored in slices],
+            [ref for scored in slices for ref in scored.ref_logprobs],
+            [ref for scored in slices for ref in scored.values],
+            [ref for scored in slices for ref in scored.scores],
+            [ref for scored in slices for ref in scored.policy_logprobs],
+        )
+
+
+class OnlineDriver:
+    """Runs PPO over its roles until the configured iteration, or until asked to stop."""
+
+    def __init__(
+        self,
+        config: PPORunConfig,
+        roles: PPORoles,
+        state: OnlineState,
+        recorder: Recorder,
+        stop: StopRequest,
+        experience_dir: Path,
+    ) -> None:
+        self._config = config
+        self._roles = roles
+        self._state = state
+        self._recorder = recorder
+        self._stop = stop
+        self._experience_dir = experience_dir
+        samples_per_prompt = config.rollout.sampling.samples_per_prompt
+        self._samples_per_prompt = samples_per_prompt
+        self._fleet = RolloutFleet(
+            roles.rollout,
+            prompts_in_flight_per_engine=config.rollout.prompts_in_flight_per_engine,
+            largest_slice=max(1, config.online.scoring_batch_size // samples_per_prompt),
+            on_dispatch=self._dispatched,
+        )
+        self._buffer: VersionBuffer[Scored] = VersionBuffer(
+            config.online.batch_size,
+            config.online.max_staleness,
+            num_iterations=state.num_iterations,
+            version=state.iteration,
+        )
+
+    async def run(self) -> bool:
+        """Train to the end. True where the run was stopped before it."""
+        await self._publish(self._state.iteration)
+        producer = asyncio.create_task(self._produce(), name="produce")
+        try:
+            with self._buffer.guard():
+                await self._consume()
+        except BufferClosed as closed:
+            raise closed.__cause__ or closed from None
+        finally:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+        return not self._state.finished
+
+    async def _produce(self) -> None:
+        """Draw prompts for every slot that comes free, and see each through to the buffer."""
+        try:
+            async with asyncio.TaskGroup() as slots:
+                while (slot := await self._buffer.wait_for_slot()) is not None:
+                    num_prompts = slot.num_rows // self._samples_per_prompt
+                    prompts, info = await self._roles.source.column_of(
+                        0, SourceActor.next_batch, self._state.cursor, num_prompts
+                    )
+                    self._state.drawn(info)
+                    slots.create_task(self._generate_and_score(slot, prompts, info.ids))
+        except* Exception as failures:
+            self._buffer.close(failures.exceptions[0])
+
+    def _dispatched(self, prompt_ids: Sequence[int], engine: int) -> None:
+        self._state.ledger.dispatch(prompt_ids, engine=engine, policy_version=self._buffer.version)
+
+    async def _generate_and_score(self, slot: Slot, prompts: Ref, prompt_ids: Sequence[int]) -> None:
+        async with asyncio.TaskGroup() as scoring:
+            async for generated in self._fleet.generate(prompts, prompt_ids):
+                info = generated.info
+                self._state.ledger.generate(info.prompt_ids)
+                self._recorder.count("rollout", info.num_tokens, info.seconds)
+                scoring.create_task(self._score(slot, generated))
+
+    async def _score(self, slot: Slot, generated: Generated) -> None:
+        """Have every scoring role add its column, all at the same time, and put the slice into the buffer."""
+        roles, rollouts, info = self._roles, [generated.rollout], generated.info
+        ref_logprobs, values, scores = await asyncio.gather(
+            roles.reference.columns(ReferenceActor.score, rollouts),
+            roles.critic.columns(CriticActor.score, rollouts),
+            roles.reward.columns(RewardActor.score, rollouts),
+        )
+        recompute = self._config.algorithm.recompute_logprobs
+        policy_logprobs = await roles.policy.columns(PolicyActor.score, rollouts) if recompute else []
+        for role, parts in (("reference", ref_logprobs), ("critic", values), ("reward", scores)):
+            for _, part in parts:
+                self._recorder.count(role, part.num_tokens, part.seconds)
+        columns = ([ref for ref, _ in parts] for parts in (ref_logprobs, values, scores, policy_logprobs))
+        self._state.ledger.score(info.prompt_ids)
+        self._buffer.put(
+            Chunk(
+                ChunkInfo(
+                    iteration=slot.iteration,
+                    prompt_ids=tuple(info.prompt_ids),
+                    num_rows=info.num_samples,
+                    num_tokens=info.num_tokens,
+                    oldest_version=info.oldest_version,
+                    newest_version=info.newest_version,
+                ),
+                Scored(generated.rollout, *columns),
+            )
+        )
+
+    async def _consume(self) -> None:
+        state = self._state
+        while not state.finished and not self._stop.requested:
+            watch = Stopwatch()
+            batch = await self._buffer.take()
+            watch.lap("wait_for_experience")
+            experience = Experience.of(batch)
+            credit, credit_report = await self._assign_credit(experience)
+            watch.lap("assign_credit")
+            reports = await self._train_and_publish(experience, credit)
+            watch.lap("train_and_publish")
+            state.consumed(batch.prompt_ids)
+            state.adapt_kl(credit_report)
+            self._buffer.release(state.iteration)
+            if state.checkpoint_due() or self._stop.requested:
+                await state.save(self._roles)
+                watch.lap("checkpoint")
+            extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
+            self._recorder.training(state.iteration, reports, extra, watch)
+
+    async def _assign_credit(self, experience: Experience) -> tuple[Ref, CreditReport]:
+        return await self._roles.credit.column_of(
+            0,
+            CreditActor.assign,
+            experience.rollouts,
+            experience.ref_logprobs,
+            experience.values,
+            experience.scores,
+            experience.policy_logprobs,
+            self._state.kl.coefficient,
+            self._state.iteration,
+            self._experience_file(),
+        )
+
+    async def _train_and_publish(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
+        """One iteration of both trained roles, at the same time, each on its own ranks.
+
+        The policy's weights go to the engines as soon as it is done, whether or not the critic is.
+        """
+        iteration = self._state.iteration
+        critic = self._roles.critic.call(CriticActor.train, iteration, experience.rollouts, experience.values, [credit])
+        policy_reports, critic_reports = await asyncio.gather(self._policy_iteration(experience, credit), critic)
+        return {**policy_reports, "critic": critic_reports[0]}
+
+    async def _policy_iteration(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
+        iteration, reports = self._state.iteration, {}
+        if iteration >= self._config.algorithm.critic_warmup_iterations:
+            done = await self._roles.policy.call(PolicyActor.train, iteration, experience.rollouts, [credit])
+            reports["policy"] = done[0]
+        await self._publish(iteration + 1)
+        return reports
+
+    async def _publish(self, version: int) -> None:
+        began = time.perf_counter()
+        num_bytes = await publish_weights(
+            self._roles.policy, self._roles.rollout, version=version, bucket_bytes=self._config.rollout.bucket_bytes
+        )
+        self._recorder.published(num_bytes, time.perf_counter() - began)
+
+    def _experience_file(self) -> Path | None:
+        if not self._config.run.keep_experience:
+            return None
+        return self._experience_dir / f"iteration_{self._state.iteration:06d}.arrow"

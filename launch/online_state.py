@@ -1,0 +1,142 @@
+"""Where an online run stands between two iterations: what its checkpoint holds beside the roles' own states."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from actors.credit import CreditReport
+from actors.critic import CriticActor
+from actors.policy import PolicyActor
+from algorithms.kl import KLController
+from experience.ledger import Ledger, PromptState
+from experience.table import open_table, write_table
+
+if TYPE_CHECKING:
+    from actors.source import BatchInfo
+    from launch.checkpoint import CheckpointStore
+    from launch.config import PPORunConfig
+    from launch.roles import PPORoles
+
+STATE_FILE = "state.json"
+LEDGER_FILE = "ledger.arrow"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A batch of prompts that has not been trained on: where in the data it starts, and its prompts."""
+
+    cursor: str
+    prompt_ids: tuple[int, ...]
+
+
+class OnlineState:
+    """The iteration, the KL coefficient, the place in the data, and the ledger.
+
+    ``cursor`` is where the next batch of prompts is drawn from. A checkpoint keeps the cursor of the first batch
+    that has not been trained on instead: after a resume its prompts are drawn again under the same ids, and with
+    the seeds that follow from these ids, so no prompt is lost and none is trained on twice.
+    """
+
+    def __init__(
+        self, config: PPORunConfig, store: CheckpointStore, *, iteration: int, cursor: str, kl: KLController, ledger: Ledger
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._pending: deque[_Drawn] = deque()
+        self.iteration = iteration
+        self.cursor = cursor
+        self.kl = kl
+        self.ledger = ledger
+
+    @classmethod
+    def begin(cls, config: PPORunConfig, store: CheckpointStore, first_cursor: str) -> OnlineState:
+        """The state before the first iteration."""
+        kl = config.algorithm.kl
+        controller = KLController(kl.coefficient, kl.target, kl.horizon_samples)
+        return cls(config, store, iteration=0, cursor=first_cursor, kl=controller, ledger=Ledger())
+
+    @classmethod
+    def read(cls, config: PPORunConfig, store: CheckpointStore, checkpoint: Path) -> OnlineState:
+        """The state that a checkpoint holds."""
+        saved = json.loads((checkpoint / STATE_FILE).read_text())
+        kl = config.algorithm.kl
+        return cls(
+            config,
+            store,
+            iteration=saved["iteration"],
+            cursor=saved["cursor"],
+            kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
+            ledger=_unfinished_requeued(checkpoint / LEDGER_FILE),
+        )
+
+    def drawn(self, info: BatchInfo) -> None:
+        """Take note of a batch of prompts and move the cursor past it."""
+        self._pending.append(_Drawn(self.cursor, tuple(info.ids)))
+        # After a resume the first prompts are drawn for a second time; the ledger has kept them.
+        self.ledger.draw([prompt for prompt in info.ids if prompt >= self.ledger.next_prompt_id])
+        self.cursor = info.next_cursor
+
+    def consumed(self, prompt_ids: Sequence[int]) -> None:
+        """The oldest batch has been trained on, and the weights that came of it are version ``iteration + 1``.
+
+        Raises:
+            RuntimeError: the prompts trained on are not those of the oldest batch drawn.
+        """
+        oldest = self._pending.popleft()
+        if tuple(prompt_ids) != oldest.prompt_ids:
+            raise RuntimeError(f"trained on prompts {prompt_ids[:3]}..., but {oldest.prompt_ids[:3]}... were drawn first")
+        self.ledger.consume(prompt_ids, policy_version=self.iteration)
+        self.ledger.commit()
+        self.iteration += 1
+
+    def adapt_kl(self, report: CreditReport) -> None:
+        """Steer the KL coefficient by the batch that was trained on."""
+        self.kl = self.kl.updated(report.metrics["experience/kl_per_sample"], self._config.online.batch_size)
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run."""
+        assert self._config.run.num_iterations is not None, "launch.config requires run.num_iterations of PPO"
+        return self._config.run.num_iterations
+
+    @property
+    def finished(self) -> bool:
+        """The last iteration is done."""
+        return self.iteration >= self.num_iterations
+
+    def checkpoint_due(self) -> bool:
+        """A checkpoint belongs after the iteration that was last done."""
+        period = self._config.run.checkpoint_every
+        return self.finished or bool(period and self.iteration % period == 0)
+
+    async def save(self, roles: PPORoles) -> None:
+        """Write a checkpoint: the trained roles' ranks their states, this process its own. The books must balance."""
+        ledger = self.ledger.to_arrow()
+        with self._store.writing(self.iteration) as folder:
+            await asyncio.gather(
+                roles.policy.call(PolicyActor.save, folder / "policy"),
+                roles.critic.call(CriticActor.save, folder / "critic"),
+            )
+            cursor = self._pending[0].cursor if self._pending else self.cursor
+            state = {
+                "iteration": self.iteration,
+                "cursor": cursor,
+                "kl_coefficient": self.kl.coefficient,
+            }
+            write_table(pa.Table.from_batches([ledger]), folder / LEDGER_FILE)
+            (folder / STATE_FILE).write_text(json.dumps(state))
+
+
+def _unfinished_requeued(file: Path) -> Ledger:
+    """The ledger of a checkpoint, with every prompt that had not been trained on back at the start of its way."""
+    ledger = Ledger.from_arrow(open_table(file))
+    ledger.requeue(ledger.prompts(PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED))
+    return ledger

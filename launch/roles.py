@@ -1,0 +1,152 @@
+"""From a run's configuration to the groups of processes that carry it out.
+
+Here, and nowhere else, is written which class plays which role and what it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardConfig, TrainedRoleConfig
+from actors.credit import CreditActor
+from actors.critic import CriticActor
+from actors.learner import LearnerActor
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reward import RewardActor
+from actors.rollout import RolloutActor, engine_environment
+from actors.source import SourceActor
+from cluster.config import PlacementConfig
+from cluster.group import RoleGroup, RoleSpec
+from cluster.placement import place, plan_bundles
+from data.formats import Kind
+from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.paths import resolve_data, resolve_model
+
+T = TypeVar("T")
+RoleT = TypeVar("RoleT", TrainedRoleConfig, PolicyConfig, CriticConfig, ReferenceConfig, RewardConfig)
+
+
+class Start(Protocol):
+    """Starts a role in its place: ``await start(PolicyActor, "policy", (config, ...))``."""
+
+    async def __call__(self, role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:
+        """Construct ``role_class(context, *args)`` on every rank of ``role``."""
+        ...
+
+
+#: Roles that hold no model: they take little, and sit wherever there is room.
+SMALL_ROLE = PlacementConfig(cpus_per_rank=0.5, threads_per_rank=1)
+
+
+def placements(config: RunConfig) -> dict[str, PlacementConfig]:
+    """The placement of every role of a run, by the role's name."""
+    match config:
+        case SupervisedRunConfig():
+            return {"learner": config.learner, "source": SMALL_ROLE}
+        case PPORunConfig():
+            return {
+                "policy": config.policy,
+                "critic": config.critic,
+                "reference": config.reference,
+                "reward": config.reward,
+                "rollout": config.rollout,
+                "credit": SMALL_ROLE,
+                "source": SMALL_ROLE,
+            }
+
+
+@dataclass(frozen=True)
+class SupervisedRoles:
+    """The roles of pre-training, SFT and reward models."""
+
+    source: RoleGroup[SourceActor]
+    learner: RoleGroup[LearnerActor]
+
+
+@dataclass(frozen=True)
+class PPORoles:
+    """The roles of PPO."""
+
+    source: RoleGroup[SourceActor]
+    policy: RoleGroup[PolicyActor]
+    critic: RoleGroup[CriticActor]
+    reference: RoleGroup[ReferenceActor]
+    reward: RoleGroup[RewardActor]
+    rollout: RoleGroup[RolloutActor]
+    credit: RoleGroup[CreditActor]
+
+
+def cpus_wanted(config: RunConfig) -> float:
+    """CPU cores that all ranks of a run set aside together."""
+    return sum(placement.num_ranks * placement.cpus_per_rank for placement in placements(config).values())
+
+
+@asynccontextmanager
+async def supervised_roles(config: SupervisedRunConfig, log_dir: Path) -> AsyncIterator[SupervisedRoles]:
+    """Place and start the roles of a supervised run; end them on the way out."""
+    learner = _resolved(config.learner)
+    kind: Kind = "comparisons" if config.algorithm.name == "reward_model" else "examples"
+    whole_document = config.algorithm.name == "pretrain"
+    seed = config.run.seed
+    async with _starter(config, log_dir) as start:
+        source_started = start(
+            SourceActor, "source", (resolve_data(config.data), kind, learner.model, seed, whole_document)
+        )
+        learner_started = start(LearnerActor, "learner", (learner, config.algorithm, seed))
+        source_group, learner_group = await asyncio.gather(source_started, learner_started)
+        yield SupervisedRoles(source_group, learner_group)
+
+
+@asynccontextmanager
+async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORoles]:
+    """Place and start the roles of a PPO run, all at the same time; end them on the way out."""
+    policy, critic = _resolved(config.policy), _resolved(config.critic)
+    reference, reward = _resolved(config.reference), _resolved(config.reward)
+    sampling, algorithm, seed = config.rollout.sampling, config.algorithm, config.run.seed
+    num_iterations = config.run.num_iterations
+    data = resolve_data(config.data)
+    async with _starter(config, log_dir) as start:
+        groups = await asyncio.gather(
+            start(SourceActor, "source", (data, "prompts", policy.model, seed)),
+            start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations)),
+            start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)),
+            start(ReferenceActor, "reference", (reference, sampling)),
+            start(RewardActor, "reward", (reward, policy.model)),
+            start(RolloutActor, "rollout", (config.rollout, policy.model, seed)),
+            start(CreditActor, "credit", (algorithm,)),
+        )
+        yield PPORoles(*groups)
+
+
+@asynccontextmanager
+async def _starter(config: RunConfig, log_dir: Path) -> AsyncIterator[Start]:
+    """Place all roles of a run; gives the function that starts one of them. All end with the block."""
+    wanted = placements(config)
+    placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)
+
+    async def start(role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:
+        spec = RoleSpec(
+            role,
+            wanted[role],
+            config.run.seed,
+            log_dir,
+            environment=engine_environment(wanted[role].gpus_per_rank > 0) if role == "rollout" else {},
+            is_async=role == "rollout",
+        )
+        return await RoleGroup.start(role_class, spec, placement, config.cluster, args)
+
+    try:
+        yield start
+    finally:
+        placement.release()
+
+
+def _resolved(config: RoleT) -> RoleT:
+    """A role's configuration with the paths of its model made absolute."""
+    return config.model_copy(update={"model": resolve_model(config.model)})

@@ -1,0 +1,105 @@
+"""One run from its configuration to its exported model: opens the folder, starts the roles, lets a driver drive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.critic import CriticActor
+from actors.learner import LearnerActor
+from actors.policy import PolicyActor
+from actors.source import SourceActor
+from cluster.session import connect
+from launch.checkpoint import CheckpointStore
+from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.metrics import MetricsWriter
+from launch.online import OnlineDriver
+from launch.online_state import OnlineState
+from launch.progress import Progress
+from launch.recorder import Recorder
+from launch.roles import cpus_wanted, ppo_roles, supervised_roles
+from launch.rundir import RunDir
+from launch.stopping import StopRequest
+from launch.supervised import SupervisedDriver
+from launch.supervised_state import SupervisedProgress, SupervisedState
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: where its files are, how far it came, and whether it was stopped before its end."""
+
+    folder: Path
+    iterations: int
+    stopped: bool
+
+
+def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
+    """Carry out a run.
+
+    Args:
+        config: what to do.
+        resume: go on from the newest checkpoint of a run of this name.
+        stop: asks, once requested, for a checkpoint and an end between two iterations.
+
+    Raises:
+        LaunchError: the run's folder, or its checkpoint, is not as it must be.
+        ClusterError: a role could not be placed, failed, or was silent past its deadline.
+    """
+    run_dir = RunDir.open(config, resume=resume)
+    with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)):
+        match config:
+            case SupervisedRunConfig():
+                return asyncio.run(_supervised(config, run_dir, resume, stop))
+            case PPORunConfig():
+                return asyncio.run(_online(config, run_dir, resume, stop))
+
+
+async def _supervised(config: SupervisedRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
+    store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
+    checkpoint = store.latest() if resume else None
+    async with supervised_roles(config, run_dir.logs) as roles:
+        description = await roles.source.call_one(0, SourceActor.describe)
+        num_updates = SupervisedState.planned_updates(config, description.num_rows)
+        progress = SupervisedProgress(0, description.first_cursor)
+        if checkpoint is not None:
+            progress = SupervisedState.read(checkpoint)
+            await roles.learner.call(LearnerActor.load, checkpoint / "learner")
+        state = SupervisedState(config, store, progress, num_updates)
+        with _recording(config, run_dir, num_updates, state.update) as recorder:
+            stopped = await SupervisedDriver(config, roles, state, recorder, stop).run()
+        if not stopped:
+            await roles.learner.call(LearnerActor.export, run_dir.model)
+    return RunResult(run_dir.path, state.update, stopped)
+
+
+async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
+    store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
+    checkpoint = store.latest() if resume else None
+    async with ppo_roles(config, run_dir.logs) as roles:
+        if checkpoint is None:
+            description = await roles.source.call_one(0, SourceActor.describe)
+            state = OnlineState.begin(config, store, description.first_cursor)
+        else:
+            state = OnlineState.read(config, store, checkpoint)
+            await asyncio.gather(
+                roles.policy.call(PolicyActor.load, checkpoint / "policy"),
+                roles.critic.call(CriticActor.load, checkpoint / "critic"),
+            )
+        with _recording(config, run_dir, state.num_iterations, state.iteration) as recorder:
+            stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir.experience).run()
+        if not stopped:
+            await roles.policy.call(PolicyActor.export, run_dir.model)
+    return RunResult(run_dir.path, state.iteration, stopped)
+
+
+@contextmanager
+def _recording(config: RunConfig, run_dir: RunDir, num_steps: int, done: int) -> Iterator[Recorder]:
+    stage = config.algorithm.name
+    with (
+        MetricsWriter(run_dir.path, resume_after=done) as writer,
+        Progress(stage, num_steps, first_step=done, log_every=config.run.log_every) as progress,
+    ):
+        yield Recorder(writer, progress)

@@ -1,0 +1,95 @@
+"""The supervised driver: pre-training, SFT and reward models.
+
+The source role draws batches in the data's order; the learner's ranks train on them. Up to ``PIPELINE_DEPTH``
+updates are queued at the learner, so its ranks go from one update to the next without waiting for this process.
+
+Invariants:
+
+- Updates happen in order, each on the batch that the cursor named, whatever was queued.
+- Everything queued has been awaited before an evaluation, a checkpoint or the end, so what is saved is a state
+  between two updates, and the cursor beside it is that of the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from actors.learner import LearnerActor
+from actors.reports import TrainReport
+from actors.source import SourceActor
+from launch.config import SupervisedRunConfig
+from launch.recorder import Recorder, Stopwatch
+from launch.roles import SupervisedRoles
+from launch.stopping import StopRequest
+from launch.supervised_state import SupervisedState
+
+#: Updates queued at the learner: one that runs and one that waits.
+PIPELINE_DEPTH = 2
+
+
+class SupervisedDriver:
+    """Trains one model on a data set until its last update, early stopping, or a request to stop."""
+
+    def __init__(
+        self,
+        config: SupervisedRunConfig,
+        roles: SupervisedRoles,
+        state: SupervisedState,
+        recorder: Recorder,
+        stop: StopRequest,
+    ) -> None:
+        self._config = config
+        self._roles = roles
+        self._state = state
+        self._recorder = recorder
+        self._stop = stop
+
+    async def run(self) -> bool:
+        """Train to the end. True where the run was stopped before it."""
+        state = self._state
+        if state.update == 0:
+            await self._evaluate()
+        while not state.finished:
+            await self._train_until(state.next_pause())
+            if state.evaluation_due():
+                await self._evaluate()
+            if state.checkpoint_due() or self._stop.requested:
+                await state.save(self._roles)
+            if self._stop.requested:
+                break
+        return not state.finished
+
+    async def _train_until(self, last: int) -> None:
+        """Updates up to ``last``, the next one always queued behind the one that runs."""
+        queue: deque[tuple[asyncio.Task[list[TrainReport]], str]] = deque()
+        drawn, cursor = self._state.update, self._state.cursor
+        try:
+            while self._state.update < last:
+                while drawn < last and len(queue) < PIPELINE_DEPTH and not self._stop.requested:
+                    batch, info = await self._roles.source.column_of(
+                        0, SourceActor.next_batch, cursor, self._config.algorithm.batch_size
+                    )
+                    train = self._roles.learner.call(LearnerActor.train, drawn, self._state.num_updates, batch)
+                    queue.append((asyncio.create_task(train), info.next_cursor))
+                    drawn, cursor = drawn + 1, info.next_cursor
+                if not queue:
+                    return
+                watch = Stopwatch()
+                reports, next_cursor = await queue[0][0], queue[0][1]
+                queue.popleft()
+                watch.lap("train")
+                self._state.advance(next_cursor)
+                self._recorder.training(self._state.update, {"learner": reports[0]}, {}, watch)
+        finally:
+            for task, _ in queue:
+                task.cancel()
+
+    async def _evaluate(self) -> None:
+        """Held-out loss over every held-out row, if there are any."""
+        batch, info = await self._roles.source.column_of(0, SourceActor.heldout)
+        if info.num_rows == 0:
+            return
+        metrics = (await self._roles.learner.call(LearnerActor.evaluate, [batch]))[0]
+        self._state.evaluated(metrics["loss"])
+        self._recorder.evaluation(self._state.update, metrics)
