@@ -40,7 +40,9 @@ class ZeroConfig(FrozenConfig):
     """DeepSpeed ZeRO of a trained role."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        1, description="What is sharded over ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."
+        1,
+        description="What is sharded over ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing "
+        "(in bfloat16, 0 also sums gradients in bfloat16, the others in float32).",
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory.")
     offload_params: bool = Field(False, description="Keep sharded weights in CPU memory (stage 3 only).")
