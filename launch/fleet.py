@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,15 @@ class RolloutFleet:
         self._on_dispatch = on_dispatch
         self._in_flight = [0] * engines.num_ranks
         self._changed = asyncio.Condition()
+        self._busy_since = 0.0
+        self._busy_s = 0.0
+
+    def take_busy_s(self) -> float:
+        """Seconds in which any engine had a prompt, since this was last asked."""
+        now = time.perf_counter()
+        busy = self._busy_s + (now - self._busy_since if self.prompts_in_flight else 0.0)
+        self._busy_s, self._busy_since = 0.0, now
+        return busy
 
     @property
     def prompts_in_flight(self) -> int:
@@ -74,6 +84,8 @@ class RolloutFleet:
                     if engine is None:
                         break
                     rows = list(range(first, first + size))
+                    if not self.prompts_in_flight:
+                        self._busy_since = time.perf_counter()
                     self._in_flight[engine] += size
                     self._on_dispatch(prompt_ids[first : first + size], engine)
                     running.add(asyncio.create_task(self._run(engine, prompts, rows)))
@@ -93,6 +105,8 @@ class RolloutFleet:
             rollout, info = await self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
         finally:
             self._in_flight[engine] -= len(rows)
+            if not self.prompts_in_flight:
+                self._busy_s += time.perf_counter() - self._busy_since
             async with self._changed:
                 self._changed.notify_all()
         return Generated(rollout, info, engine)

@@ -143,7 +143,7 @@ class OnlineDriver:
             async for generated in self._fleet.generate(prompts, prompt_ids):
                 info = generated.info
                 self._state.ledger.generate(info.prompt_ids)
-                self._recorder.count("rollout", info.num_tokens, info.seconds)
+                self._recorder.count("rollout", info.num_tokens, self._fleet.take_busy_s())
                 scoring.create_task(self._score(slot, generated))
 
     async def _score(self, slot: Slot, generated: Generated) -> None:

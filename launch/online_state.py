@@ -46,7 +46,14 @@ class OnlineState:
     """
 
     def __init__(
-        self, config: PPORunConfig, store: CheckpointStore, *, iteration: int, cursor: str, kl: KLController, ledger: Ledger
+        self,
+        config: PPORunConfig,
+        store: CheckpointStore,
+        *,
+        iteration: int,
+        cursor: str,
+        kl: KLController,
+        ledger: Ledger,
     ) -> None:
         self._config = config
         self._store = store
@@ -92,7 +99,8 @@ class OnlineState:
         """
         oldest = self._pending.popleft()
         if tuple(prompt_ids) != oldest.prompt_ids:
-            raise RuntimeError(f"trained on prompts {prompt_ids[:3]}..., but {oldest.prompt_ids[:3]}... were drawn first")
+            first, wanted = prompt_ids[:3], oldest.prompt_ids[:3]
+            raise RuntimeError(f"trained on prompts {first}..., but {wanted}... were drawn first")
         self.ledger.consume(prompt_ids, policy_version=self.iteration)
         self.ledger.commit()
         self.iteration += 1

@@ -57,7 +57,9 @@ class Recorder:
         """Weights of ``num_bytes`` reached every engine in ``seconds``."""
         self._extra = {"publish/time_s": seconds, "publish/weights_bytes": float(num_bytes)}
 
-    def training(self, step: int, reports: Mapping[str, TrainReport], extra: Mapping[str, float], watch: Stopwatch) -> None:
+    def training(
+        self, step: int, reports: Mapping[str, TrainReport], extra: Mapping[str, float], watch: Stopwatch
+    ) -> None:
         """The row of one iteration (or supervised update)."""
         values = {**extra, **self._extra}
         for role, report in reports.items():

@@ -61,7 +61,9 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_no_import_cycles() -> None:
-    names = {relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in source_files()}
+    names = {
+        relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in source_files()
+    }
     graph = {
         name: {module for module, _ in imports(ast.parse(path.read_text())) if module in names and module != name}
         for name, path in names.items()
