@@ -80,7 +80,7 @@ def clipped_policy_loss(
         metrics = {
             "policy_loss": policy_loss.detach(),
             "ratio": ratio.sum() / denominator,
-            "clip_fraction": (clipped > plain).sum() / denominator,
+            "clip_fraction": (clipped > plain).to(ratio).sum() / denominator,
             "approx_kl": k3(behaviour_logprobs_T, policy_logprobs_T).sum() / denominator,
         }
     if entropy_T is None:
@@ -129,7 +129,7 @@ def clipped_value_loss(
     with torch.no_grad():
         metrics = {
             "value_loss": loss.detach(),
-            "value_clip_fraction": (clipped_error > error).sum() / denominator,
+            "value_clip_fraction": (clipped_error > error).to(error).sum() / denominator,
             "value": values_T.sum() / denominator,
         }
     return loss, metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from torch import Tensor
 
 def samples(values_T: Tensor, offsets: Tensor) -> list[Tensor]:
     """Packed values as one tensor a sample."""
-    bounds = offsets.tolist()
-    return [values_T[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [values_T[begin:end] for begin, end in pairwise(offsets.tolist())]
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -48,9 +48,7 @@ def whiten(numbers: list[float], shift_mean: bool = True) -> list[float]:
     return [(x - mean) / math.sqrt(variance + 1e-8) + (0 if shift_mean else mean) for x in numbers]
 
 
-def shape_score(
-    score: float, finished: bool, clip: float | None, replacement: float | None, penalty: float
-) -> float:
+def shape_score(score: float, finished: bool, clip: float | None, replacement: float | None, penalty: float) -> float:
     if clip is not None:
         score = min(max(score, -clip), clip)
     if not finished:
@@ -66,22 +64,22 @@ def rewards(score: float, behaviour: list[float], reference: list[float], coeffi
 
 def policy_objective(policy: Tensor, behaviour: float, advantage: float, clip: float) -> Tensor:
     """min(r A, clip(r) A) of one token, with plain comparisons; differentiable in ``policy``, a scalar."""
-    ratio = torch.exp(policy - behaviour)
-    plain = ratio * advantage
-    if float(ratio) > 1 + clip:
+    plain = torch.exp(policy - behaviour) * advantage
+    ratio = math.exp(policy.item() - behaviour)
+    if ratio > 1 + clip:
         clipped = torch.tensor((1 + clip) * advantage, dtype=policy.dtype)
-    elif float(ratio) < 1 - clip:
+    elif ratio < 1 - clip:
         clipped = torch.tensor((1 - clip) * advantage, dtype=policy.dtype)
     else:
         clipped = plain
-    return clipped if float(clipped) < float(plain) else plain
+    return clipped if clipped.item() < plain.item() else plain
 
 
 def value_error(value: Tensor, rollout_value: float, target: float, clip: float | None) -> Tensor:
     """Half the larger of both squared errors of one token; differentiable in ``value``, a scalar."""
     plain = (value - target) ** 2
-    if clip is None or abs(float(value) - rollout_value) <= clip:
+    if clip is None or abs(value.item() - rollout_value) <= clip:
         return plain / 2
-    edge = rollout_value + clip if float(value) > rollout_value else rollout_value - clip
+    edge = rollout_value + clip if value.item() > rollout_value else rollout_value - clip
     clipped = (edge - target) ** 2
-    return torch.tensor(clipped / 2, dtype=value.dtype) if clipped > float(plain) else plain / 2
+    return torch.tensor(clipped / 2, dtype=value.dtype) if clipped > plain.item() else plain / 2

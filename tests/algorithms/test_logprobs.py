@@ -84,9 +84,8 @@ def test_both_together_add_their_gradients() -> None:
     """The policy's loss takes both of the same logits."""
     logits_TV, targets_T = random_logits(4, 5)
     logits_TV.requires_grad_()
-    parts = [
-        torch.autograd.grad(part.sum(), logits_TV)[0] for part in (token_logprobs(logits_TV, targets_T), entropy(logits_TV))
-    ]
+    made = (token_logprobs(logits_TV, targets_T), entropy(logits_TV))
+    parts = [torch.autograd.grad(part.sum(), logits_TV)[0] for part in made]
     (both,) = torch.autograd.grad((token_logprobs(logits_TV, targets_T) + entropy(logits_TV)).sum(), logits_TV)
     torch.testing.assert_close(both, parts[0] + parts[1])
 
@@ -170,9 +169,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("function", ["token_logprobs", "entropy"])
-def test_makes_nothing_of_the_logits_size_but_their_gradient(
-    function: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_makes_nothing_of_the_logits_size_but_their_gradient(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CPU_CHUNK_ELEMENTS", 4 * 50)
     logits_TV = torch.randn(64, 50, dtype=torch.bfloat16).requires_grad_()
     targets_T = torch.randint(50, (64,))
