@@ -21,7 +21,6 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, engine_environment
 from actors.source import SourceActor
-from cluster.config import PlacementConfig
 from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
 from data.formats import Kind
@@ -38,27 +37,6 @@ class Start(Protocol):
     async def __call__(self, role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:
         """Construct ``role_class(context, *args)`` on every rank of ``role``."""
         ...
-
-
-#: Roles that hold no model: they take little, and sit wherever there is room.
-SMALL_ROLE = PlacementConfig(cpus_per_rank=0.5, threads_per_rank=1)
-
-
-def placements(config: RunConfig) -> dict[str, PlacementConfig]:
-    """The placement of every role of a run, by the role's name."""
-    match config:
-        case SupervisedRunConfig():
-            return {"learner": config.learner, "source": SMALL_ROLE}
-        case PPORunConfig():
-            return {
-                "policy": config.policy,
-                "critic": config.critic,
-                "reference": config.reference,
-                "reward": config.reward,
-                "rollout": config.rollout,
-                "credit": SMALL_ROLE,
-                "source": SMALL_ROLE,
-            }
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,7 @@ class PPORoles:
 
 def cpus_wanted(config: RunConfig) -> float:
     """CPU cores that all ranks of a run set aside together."""
-    return sum(placement.num_ranks * placement.cpus_per_rank for placement in placements(config).values())
+    return sum(placement.num_ranks * placement.cpus_per_rank for placement in config.placements().values())
 
 
 @asynccontextmanager
@@ -112,22 +90,31 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
     num_iterations = config.run.num_iterations
     data = resolve_data(config.data)
     async with _starter(config, log_dir) as start:
-        groups = await asyncio.gather(
-            start(SourceActor, "source", (data, "prompts", policy.model, seed)),
-            start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations)),
-            start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)),
-            start(ReferenceActor, "reference", (reference, sampling)),
-            start(RewardActor, "reward", (reward, policy.model)),
-            start(RolloutActor, "rollout", (config.rollout, policy.model, seed)),
-            start(CreditActor, "credit", (algorithm,)),
+        async with asyncio.TaskGroup() as starting:
+            source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
+            learned = starting.create_task(
+                start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations))
+            )
+            valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
+            referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
+            rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
+            rolled_out = starting.create_task(start(RolloutActor, "rollout", (config.rollout, policy.model, seed)))
+            credited = starting.create_task(start(CreditActor, "credit", (algorithm,)))
+        yield PPORoles(
+            source.result(),
+            learned.result(),
+            valued.result(),
+            referred.result(),
+            rewarded.result(),
+            rolled_out.result(),
+            credited.result(),
         )
-        yield PPORoles(*groups)
 
 
 @asynccontextmanager
 async def _starter(config: RunConfig, log_dir: Path) -> AsyncIterator[Start]:
     """Place all roles of a run; gives the function that starts one of them. All end with the block."""
-    wanted = placements(config)
+    wanted = config.placements()
     placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)
 
     async def start(role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:

@@ -32,7 +32,7 @@ class RunResult:
     """How a run ended: where its files are, how far it came, and whether it was stopped before its end."""
 
     folder: Path
-    iterations: int
+    steps: int
     stopped: bool
 
 

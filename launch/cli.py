@@ -1,0 +1,82 @@
+"""The command line: ``troupe train CONFIG [key.sub=value ...]`` and ``troupe check CONFIG [key.sub=value ...]``.
+
+Exit codes: 0 done; 1 a run failed; 2 nothing was started, because the configuration, the data, a model or the
+cluster is not as it must be; 130 and 143 a run was stopped by Ctrl-C or SIGTERM, after writing a checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.errors import ClusterError, PlacementFailed, SessionError
+from data.errors import DataError
+from launch.configfile import load
+from launch.errors import LaunchError
+from launch.stopping import StopRequest
+
+app = typer.Typer(
+    help="Reinforcement learning from human feedback on a cluster, every model of a run an actor.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to it, such as policy.optimizer.learning_rate=1e-5.")
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Carry out the run that CONFIG describes."""
+    run_config = load(config, overrides or [])
+    # Here, because it loads torch: a mistake in the configuration is told at once.
+    from launch.run import run
+
+    console = Console(highlight=False)
+    stop = StopRequest()
+    with stop.listening():
+        result = run(run_config, resume=resume, stop=stop)
+    if stop.signal is not None and result.stopped:
+        console.print(
+            f"stopped by {stop.signal.name} after step {result.steps}; a checkpoint is in {result.folder}; "
+            "go on with --resume"
+        )
+        raise typer.Exit(128 + stop.signal)
+    console.print(f"done: {result.steps} steps; model in {result.folder / 'model'}")
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Say whether CONFIG can run: its rules, models, data and places. Takes no accelerator."""
+    run_config = load(config, overrides or [])
+    from launch.check import check as check_run
+
+    report = check_run(run_config)
+    Console(highlight=False).print(report)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except (LaunchError, DataError) as error:
+        _fail(error, getattr(error, "exit_code", 2))
+    except (SessionError, PlacementFailed) as error:
+        _fail(error, 2)
+    except ClusterError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error[/]: {error}", markup=True, soft_wrap=True)
+    raise SystemExit(code)

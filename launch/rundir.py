@@ -1,0 +1,78 @@
+"""A run's folder: everything a run writes lies in ``<run.root>/<run.name>/``.
+
+    config.yaml     the resolved configuration
+    metrics.jsonl   one object a step; tensorboard/ holds the same as events
+    logs/           one file for each rank of each role
+    checkpoints/    step-00000010/, written whole or not at all
+    experience/     iteration_000003.arrow, where run.keep_experience is on
+    model/          the trained model in Hugging Face form, at the end
+
+Invariant: a folder is begun once. To begin again under the same name the user moves or removes it; nothing here does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import RunConfig
+from launch.configfile import dump
+from launch.errors import RunDirError
+from launch.paths import runs_root
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of a run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, config: RunConfig, *, resume: bool) -> RunDir:
+        """Begin the folder of a run, or open the one to go on with.
+
+        Raises:
+            RunDirError: there is one already and ``resume`` is not asked for; there is none to resume; or it cannot
+                be written.
+        """
+        run_dir = cls(runs_root(config.run.root) / config.run.name)
+        begun = run_dir.config.exists()
+        if begun and not resume:
+            raise RunDirError(
+                f"{run_dir.path} holds a run already; add --resume to go on with it, give this one another name "
+                f"(run.name=...), or remove the folder"
+            )
+        if resume and not begun:
+            raise RunDirError(f"{run_dir.path} holds no run to resume; start it without --resume")
+        try:
+            for folder in (run_dir.logs, run_dir.checkpoints, run_dir.experience):
+                folder.mkdir(parents=True, exist_ok=True)
+            run_dir.config.write_text(dump(config))
+        except OSError as error:
+            raise RunDirError(f"cannot write to {run_dir.path}: {error.strerror}; choose another run.root") from error
+        return run_dir
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the ranks."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def experience(self) -> Path:
+        """Kept experience."""
+        return self.path / "experience"
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.path / "model"
