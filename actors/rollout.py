@@ -116,7 +116,7 @@ class RolloutActor:
     async def receive(self, bucket: WeightBucket) -> None:
         """Load one bucket of weights."""
         self._segment.write(bucket.payload)
-        await self._engine.load(bucket, str(self._segment.path))
+        await self._engine.load(bucket, self._segment.path)
         self._tally.add(bucket)
 
     async def finish_update(self, manifest: WeightManifest) -> None:

@@ -17,7 +17,6 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ from actors.errors import RoleError
 Bytes = npt.NDArray[np.uint8]
 #: Every parameter starts at a multiple of this, so that its bytes can be viewed as any dtype.
 ALIGNMENT = 64
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class WeightsRefused(RoleError):
@@ -123,12 +121,14 @@ def unpack(payload: Tensor, entries: Sequence[WeightEntry]) -> Iterator[tuple[st
 class SharedSegment:
     """A piece of shared memory that is used for one bucket after another; it grows to the largest.
 
-    Its pages stay, because the first touch of fresh shared memory costs ten times what reusing it does.
+    Its pages stay, because the first touch of fresh shared memory costs ten times what reusing it does. It has no
+    name in any folder: other processes of the same user reach it by ``path`` for as long as this one lives, and a
+    process that is killed leaves nothing behind. Nor does the size of /dev/shm, 64 MiB in many containers, bound it.
     """
 
     def __init__(self, name: str) -> None:
-        self.path = SHARED_MEMORY / f"troupe-{name}-{os.getpid()}"
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = os.memfd_create(f"troupe-{name}")
+        self.path = f"/proc/{os.getpid()}/fd/{self._file}"
         self._map: mmap.mmap | None = None
         self._size = 0
 
@@ -136,7 +136,7 @@ class SharedSegment:
         """Put a bucket's bytes at the beginning of the segment.
 
         Raises:
-            OSError: shared memory is full.
+            OSError: memory is short.
         """
         if payload.nbytes > self._size:
             # posix_fallocate, unlike truncation, fails here and now where memory is short.
@@ -149,16 +149,23 @@ class SharedSegment:
             self._map[: payload.nbytes] = payload.data
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back. A second time does nothing."""
         if self._map is not None:
             self._map.close()
             self._map = None
-        os.close(self._file)
-        self.path.unlink(missing_ok=True)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def map_segment(path: str, num_bytes: int) -> Tensor:
-    """The first ``num_bytes`` of a segment that another process wrote, (num_bytes,) uint8, to read from."""
+    """The first ``num_bytes`` of a segment that another process wrote, (num_bytes,) uint8, to read from.
+
+    What is written to the tensor stays in this process.
+
+    Raises:
+        OSError: the segment is gone, or belongs to another user.
+    """
     with open(path, "r+b") as file:
         mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
     return torch.frombuffer(mapped, dtype=torch.uint8)
