@@ -250,10 +250,11 @@ def test_order_and_cuts_do_not_matter(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("column", ["rollout_logprobs", "ref_logprobs", "values", "policy_logprobs"])
-def test_refuses_numbers_that_are_not_finite(column: str, number: float) -> None:
+@pytest.mark.parametrize("token", [0, 2])
+def test_refuses_numbers_that_are_not_finite(column: str, number: float, token: int) -> None:
     samples = random_samples([3, 4, 2])
-    getattr(samples[1], column)[2] = number
-    with pytest.raises(NotFinite, match=f"sample 101: {column} of response token 2 is {number}") as caught:
+    getattr(samples[1], column)[token] = number
+    with pytest.raises(NotFinite, match=f"sample 101: {column} of response token {token} is {number}") as caught:
         assign(samples, {}, recomputed=True, cut=1)
     assert isinstance(caught.value, RoleError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "it comes through to the driver"
