@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from examples.demo_data import LONGEST_COMPLETION, is_right, right_answer
 
@@ -35,7 +36,7 @@ def print_stage(console: Console, stage: str, runs: Path) -> None:
         score, kl = first_and_last(rows, "experience/score"), first_and_last(rows, "experience/kl_per_sample")
         console.print(
             f"[bold]PPO[/]: the reward model's score of the policy's answers rose from {score[0]:.2f} to {score[1]:.2f}; "
-            f"KL to the SFT model {kl[1]:.2f} nats an answer."
+            f"KL to the SFT model is {kl[1]:.2f} nats an answer."
         )
     elif stage == "reward":
         accuracy = first_and_last(rows, "heldout/accuracy")
@@ -67,7 +68,7 @@ def print_report(console: Console, runs: Path, seed: int, seconds: float) -> Non
         f"{100 * (accuracy[1] - accuracy[0]):+.1f} points",
     )  # fmt: skip
     table.add_row("reward model's score", f"{score[0]:.2f}", f"{score[1]:.2f}", f"{score[1] - score[0]:+.2f}")
-    table.add_row("KL to the SFT model, nats an answer", f"{max(kl[0], 0):.2f}", f"{kl[1]:.2f}", "")
+    table.add_row("KL to the SFT model, nats", f"{max(kl[0], 0):.2f}", f"{kl[1]:.2f}", "")
     console.print(table)
     samples = Table("held-out prompt", "before PPO", "after PPO", "right answer")
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:NUM_SAMPLES_SHOWN]:
@@ -79,6 +80,7 @@ def print_report(console: Console, runs: Path, seed: int, seconds: float) -> Non
 def answers(model_folder: Path, prompts: Sequence[str], seed: int) -> list[str]:
     """One answer to each prompt, sampled at temperature 1, as the policy is trained to."""
     torch.manual_seed(seed)
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)

@@ -38,6 +38,7 @@ from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
 from launch.roles import PPORoles
 from launch.stopping import StopRequest
+from launch.tasks import task_group
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class OnlineDriver:
     async def _produce(self) -> None:
         """Draw prompts for every slot that comes free, and see each through to the buffer."""
         try:
-            async with asyncio.TaskGroup() as slots:
+            async with task_group() as slots:
                 while (slot := await self._buffer.wait_for_slot()) is not None:
                     num_prompts = slot.num_rows // self._samples_per_prompt
                     prompts, info = await self._roles.source.column_of(
@@ -132,14 +133,14 @@ class OnlineDriver:
                     )
                     self._state.drawn(info)
                     slots.create_task(self._generate_and_score(slot, prompts, info.ids))
-        except* Exception as failures:
-            self._buffer.close(failures.exceptions[0])
+        except Exception as error:
+            self._buffer.close(error)
 
     def _dispatched(self, prompt_ids: Sequence[int], engine: int) -> None:
         self._state.ledger.dispatch(prompt_ids, engine=engine, policy_version=self._buffer.version)
 
     async def _generate_and_score(self, slot: Slot, prompts: Ref, prompt_ids: Sequence[int]) -> None:
-        async with asyncio.TaskGroup() as scoring:
+        async with task_group() as scoring:
             async for generated in self._fleet.generate(prompts, prompt_ids):
                 info = generated.info
                 self._state.ledger.generate(info.prompt_ids)

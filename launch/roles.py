@@ -5,7 +5,6 @@ Here, and nowhere else, is written which class plays which role and what it is g
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from cluster.placement import place, plan_bundles
 from data.formats import Kind
 from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
 from launch.paths import resolve_data, resolve_model
+from launch.tasks import task_group
 
 T = TypeVar("T")
 RoleT = TypeVar("RoleT", TrainedRoleConfig, PolicyConfig, CriticConfig, ReferenceConfig, RewardConfig)
@@ -73,12 +73,11 @@ async def supervised_roles(config: SupervisedRunConfig, log_dir: Path) -> AsyncI
     whole_document = config.algorithm.name == "pretrain"
     seed = config.run.seed
     async with _starter(config, log_dir) as start:
-        source_started = start(
-            SourceActor, "source", (resolve_data(config.data), kind, learner.model, seed, whole_document)
-        )
-        learner_started = start(LearnerActor, "learner", (learner, config.algorithm, seed))
-        source_group, learner_group = await asyncio.gather(source_started, learner_started)
-        yield SupervisedRoles(source_group, learner_group)
+        source_args = (resolve_data(config.data), kind, learner.model, seed, whole_document)
+        async with task_group() as starting:
+            source = starting.create_task(start(SourceActor, "source", source_args))
+            trained = starting.create_task(start(LearnerActor, "learner", (learner, config.algorithm, seed)))
+        yield SupervisedRoles(source.result(), trained.result())
 
 
 @asynccontextmanager
@@ -90,7 +89,7 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
     num_iterations = config.run.num_iterations
     data = resolve_data(config.data)
     async with _starter(config, log_dir) as start:
-        async with asyncio.TaskGroup() as starting:
+        async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
             learned = starting.create_task(
                 start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations))
