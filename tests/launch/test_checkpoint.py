@@ -1,0 +1,85 @@
+"""Checkpoints are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoint import CheckpointStore
+from launch.errors import CheckpointError
+
+
+def write(store: CheckpointStore, step: int, text: str = "weights") -> None:
+    with store.writing(step) as folder:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "model.pt").write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_keeps_the_newest_and_finds_the_last(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        write(store, step, f"weights {step}")
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
+    assert (store.latest() / "policy" / "model.pt").read_text() == "weights 15"
+
+
+def test_failure_leaves_the_old_one_and_nothing_half(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 1)
+    with pytest.raises(RuntimeError, match="rank 1 died"), store.writing(2) as folder:
+        (folder / "part").write_text("half")
+        raise RuntimeError("rank 1 died")
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_full_disk_says_so_and_leaves_the_old_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 1)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written to .*No space left on device"):  # noqa: SIM117
+        with store.writing(2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert store.latest().name == "step-00000001"
+
+
+@pytest.mark.parametrize("harm", ["cut", "remove", "no manifest"])
+def test_incomplete_ones_are_passed_over_and_named(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    write(store, 1)
+    write(store, 2)
+    model = tmp_path / "step-00000002" / "policy" / "model.pt"
+    if harm == "cut":
+        model.write_text("wei")
+    elif harm == "remove":
+        model.unlink()
+    else:
+        (tmp_path / "step-00000002" / "manifest.json").unlink()
+    assert store.latest().name == "step-00000001"
+    assert "step-00000002 is not a whole checkpoint" in caplog.text
+
+
+def test_a_broken_newer_one_does_not_push_out_the_last_whole_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 1)
+    (tmp_path / "step-00000009").mkdir()
+    write(store, 2)
+    assert store.latest().name == "step-00000002"
+
+
+def test_none_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no whole checkpoint to resume from"):
+        CheckpointStore(tmp_path, keep=1).latest()
+
+
+def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    write(store, 3, "old")
+    write(store, 3, "new")
+    assert (store.latest() / "policy" / "model.pt").read_text() == "new"
