@@ -17,3 +17,11 @@ class TrainingDiverged(RoleError):
 
 class ScoreError(RoleError):
     """A score is missing or is not a finite number."""
+
+
+class RolloutError(RoleError):
+    """A prompt that cannot be answered, an engine that cannot start, or one that may not answer."""
+
+
+class EngineDead(RolloutError):
+    """The engine cannot generate any more: its process died, or an update failed half way."""

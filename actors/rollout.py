@@ -20,19 +20,15 @@ import numpy as np
 import pyarrow as pa
 
 from actors.config import ModelConfig, RolloutConfig
-from actors.errors import RoleError
+from actors.errors import RolloutError
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightsRefused
 from cluster.context import RankContext
 from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
 
 if TYPE_CHECKING:
-    from actors.vllm_engine import Completion
+    from actors.vllm_engine.engine import Completion
 
 _MASK = (1 << 64) - 1
-
-
-class RolloutError(RoleError):
-    """A prompt that cannot be answered, or an engine that may not answer."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +56,20 @@ class RolloutActor:
     """One engine. Its methods are coroutines: many slices are under way at a time."""
 
     def __init__(self, context: RankContext, config: RolloutConfig, model: ModelConfig, seed: int) -> None:
-        """Start the engine, which loads ``model`` and waits for weights."""
-        # Here, so that the driver, which imports this class to name it, does not import vLLM.
-        from actors import vllm_engine
+        """Start the engine, which loads ``model`` and waits for weights.
 
+        Raises:
+            RolloutError: the engine cannot start.
+        """
+        # Here, so that the driver, which imports this class to name it, does not import vLLM.
+        from actors.vllm_engine import engine, worker
+
+        on_gpu = context.device == "cuda"
         self._config = config
         self._seed = seed
-        self._sampling_params = vllm_engine.sampling_params
-        self._engine = vllm_engine.Engine(config, model, on_gpu=context.device == "cuda", seed=seed)
+        self._sampling_params = engine.sampling_params
+        self._bucket_info = worker.shared_memory_update
+        self._engine = engine.Engine(engine.engine_args(config, model, "shared_memory", on_gpu=on_gpu, seed=seed))
         self._segment = SharedSegment(f"{context.role}-{context.rank}")
         self._tally = Tally()
         self._version: int | None = None
@@ -111,12 +113,22 @@ class RolloutActor:
     async def begin_update(self) -> None:
         """Freeze generation and make ready for new weights."""
         self._tally = Tally()
+        if not self._engine.is_open:
+            await self._engine.open({})
         await self._engine.begin_update()
 
     async def receive(self, bucket: WeightBucket) -> None:
-        """Load one bucket of weights."""
-        self._segment.write(bucket.payload)
-        await self._engine.load(bucket, self._segment.path)
+        """Load one bucket of weights.
+
+        Raises:
+            EngineDead: it could not be loaded, so that the engine holds old weights and new ones.
+        """
+        try:
+            self._segment.write(bucket.payload)
+        except OSError as error:
+            self._engine.fail_update(f"no memory for a bucket of {bucket.payload.nbytes} bytes of weights: {error}")
+            raise
+        await self._engine.load(self._bucket_info(bucket, self._segment.path))
         self._tally.add(bucket)
 
     async def finish_update(self, manifest: WeightManifest) -> None:
@@ -128,17 +140,23 @@ class RolloutActor:
         came = self._tally.manifest(manifest.version)
         if came != manifest:
             why = f"the update was {manifest}, what came was {came}"
-            await self._engine.fail_update(why)
+            self._engine.fail_update(why)
             raise WeightsRefused(why)
         await self._engine.finish_update(manifest.version)
         self._version = manifest.version
+
+    async def shutdown(self) -> None:
+        """End the engine's processes and give their memory back; an actor that is killed leaves nothing either."""
+        self._engine.shutdown()
+        self._segment.close()
 
     def _require_room(self, prompt_id: int, num_tokens: int) -> None:
         context, response = self._engine.max_model_tokens, self._config.sampling.max_response_tokens
         if num_tokens > context - response:
             raise RolloutError(
-                f"prompt {prompt_id} has {num_tokens} tokens; with responses of up to {response} the engine's {context} "
-                f"take prompts of {context - response}: lower data.max_tokens or raise rollout.max_model_tokens"
+                f"prompt {prompt_id} has {num_tokens} tokens; with responses of up to {response} the engine's "
+                f"{context} take prompts of {context - response}: lower data.max_tokens or raise "
+                "rollout.max_model_tokens"
             )
 
     async def _answer(self, sample_id: int, prompt: Sequence[int]) -> Completion:

@@ -81,7 +81,8 @@ def test_the_manifest_tells_what_is_missing_doubled_or_swapped() -> None:
     for bucket in buckets:
         tally.add(bucket)
     assert tally.manifest(4) != whole, "the version is part of it"
-    assert (tally.manifest(3).num_parameters, tally.manifest(3).num_bytes) == (4, sum(b.payload.nbytes for b in buckets))
+    assert tally.manifest(3).num_parameters == 4
+    assert tally.manifest(3).num_bytes == sum(bucket.payload.nbytes for bucket in buckets)
 
 
 def test_the_manifest_tells_one_changed_bucket() -> None:

@@ -1,0 +1,229 @@
+"""One vLLM engine whose weights can be replaced while requests are under way.
+
+Invariants:
+
+- Generation stands on AsyncLLM, whose callers see the death of an engine's process; the synchronous LLM hangs.
+- An engine's step never meets a model whose weights are being replaced: an update is bracketed by pause and resume,
+  requests under way are kept, and after a failure in the middle the engine is dead for good.
+- A dead engine leaves nobody waiting: requests under way fail, and so does every later call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm import SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from actors.config import ModelConfig, RolloutConfig, SamplingConfig
+from actors.errors import EngineDead, RolloutError
+from actors.vllm_engine.worker import SHARED_MEMORY_BACKEND, WorkerExtension
+
+logger = logging.getLogger(__name__)
+
+CPU_KV_CACHE_BYTES = 256 << 20
+Transfer = Literal["shared_memory", "nccl", "ipc"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished response. ``versions`` are spans ``(version, start, end)`` over its tokens."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    versions: list[tuple[int, int, int]]
+    finish_reason: str
+
+
+class Engine:
+    """One AsyncLLM with the policy's model."""
+
+    def __init__(self, args: AsyncEngineArgs) -> None:
+        """Start the engine's process and load the model there.
+
+        Raises:
+            RolloutError: it cannot start, with vLLM's reason where it gave one.
+        """
+        try:
+            self._llm = AsyncLLM.from_engine_args(args)
+        except Exception as error:
+            raise RolloutError(_why_not_started(args, error)) from error
+        self._dead: str | None = None
+        self._answering: set[asyncio.Task[Any]] = set()
+        self.is_open = False
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest prompt plus response."""
+        return int(self._llm.model_config.max_model_len)
+
+    async def generate(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Completion:
+        """One response to a prompt of token ids.
+
+        Raises:
+            EngineDead: the engine is, or died over it.
+        """
+        self._require_alive()
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._answering.add(task)
+        final = None
+        try:
+            async for output in self._llm.generate({"prompt_token_ids": prompt}, params, request_id):
+                final = output
+        except EngineDeadError as error:
+            self._dead = self._dead or f"its process died: {error}"
+            raise EngineDead(f"the engine is dead: {self._dead}") from error
+        except asyncio.CancelledError:
+            self._require_alive()
+            raise
+        finally:
+            self._answering.discard(task)
+        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
+            reason = "without an output" if final is None else f"as {final.outputs[0].finish_reason}"
+            raise EngineDead(f"request {request_id} ended {reason}; the engine was shut down, or is broken")
+        output = final.outputs[0]
+        spans = [(int(span.version), span.start, span.end) for span in output.weight_versions or ()]
+        return Completion(output.token_ids, output.logprobs.logprobs, spans, output.finish_reason)
+
+    async def open(self, init_info: dict[str, Any]) -> None:
+        """Connect with whoever sends weights, in the way of the engine's ``weight_transfer``. Before any update."""
+        request = WeightTransferInitRequest(init_info=init_info)
+        await self._guarded(lambda: self._llm.init_weight_transfer_engine(request))
+        self.is_open = True
+
+    async def begin_update(self) -> None:
+        """Freeze generation, keeping its requests, and open the model for new weights.
+
+        What the cache holds is dropped: requests under way are computed again with the new weights, so that every
+        token's log-prob is that of the version which drew it.
+        """
+        await self._guarded(lambda: self._llm.pause_generation(mode="keep", clear_cache=True))
+        await self._guarded(self._llm.start_weight_update)
+
+    async def load(self, update_info: dict[str, Any]) -> None:
+        """Load some weights: the fields of the transfer engine's update info."""
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        await self._guarded(lambda: self._llm.update_weights(request))
+
+    async def finish_update(self, version: int) -> None:
+        """Put the new weights to use as ``version`` and go on generating."""
+        await self._guarded(lambda: self._llm.finish_weight_update(str(version)))
+        await self._guarded(self._llm.resume_generation)
+
+    def fail_update(self, why: str) -> None:
+        """Give the engine up: with part of its weights replaced it must not run again. Its requests fail."""
+        self._dead = self._dead or why
+        logger.error("the engine is dead: %s", self._dead)
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the engine's processes. Requests under way fail."""
+        self._dead = self._dead or "it was shut down"
+        self._llm.shutdown()
+        # vLLM would leave them waiting for ever.
+        for task in self._answering:
+            task.cancel()
+
+    async def _guarded(self, step: Callable[[], Awaitable[object]]) -> None:
+        self._require_alive()
+        try:
+            await step()
+        except Exception as error:
+            self.fail_update(f"an update of its weights failed: {error}")
+            raise EngineDead(f"the engine is dead: {self._dead}") from error
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"the engine is dead: {self._dead}")
+
+
+def engine_args(
+    config: RolloutConfig, model: ModelConfig, transfer: Transfer, *, on_gpu: bool, seed: int
+) -> AsyncEngineArgs:
+    """What vLLM is started with."""
+    shared: dict[str, Any] = {
+        "model": model.path,
+        "tokenizer": model.tokenizer_path,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": config.dtype or model.dtype,
+        "max_model_len": config.max_model_tokens,
+        "max_num_seqs": config.max_concurrent_sequences,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "seed": seed,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        "weight_transfer_config": WeightTransferConfig(
+            backend=SHARED_MEMORY_BACKEND if transfer == "shared_memory" else transfer
+        ),
+    }
+    if on_gpu:
+        return AsyncEngineArgs(
+            **shared,
+            enforce_eager=config.enforce_eager,
+            gpu_memory_utilization=config.gpu_memory_fraction,
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+        )
+    return AsyncEngineArgs(
+        **shared,
+        enforce_eager=True,
+        kv_cache_memory_bytes=config.kv_cache_bytes or CPU_KV_CACHE_BYTES,
+        # The worker runs inside the engine's process: one process less to start, 5 s less to wait.
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    )
+
+
+def sampling_params(sampling: SamplingConfig, seed: int) -> SamplingParams:
+    """How one response is drawn. Its log-probs are of the distribution that was sampled from."""
+    return SamplingParams(
+        max_tokens=sampling.max_response_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(sampling.stop),
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _why_not_started(args: AsyncEngineArgs, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if "max_model_len" in reason:
+        # What follows in vLLM's words is a way around its check.
+        reason = reason.split(" To allow overriding")[0]
+        right = "lower rollout.max_model_tokens to the model's context, or leave it out"
+    elif "core initialization failed" in reason:
+        reason = "its process ended while it loaded the model; what it said is in this rank's standard error"
+        right = _memory(args)
+    else:
+        right = "the model must be a Hugging Face folder, or a name on the hub, of a kind that vLLM knows"
+    return f"the engine cannot start with the model {args.model}: {reason}; {right}"
+
+
+def _memory(args: AsyncEngineArgs) -> str:
+    """What the engine was to take of memory, in the configuration's words; estimated for plain attention."""
+    config = args.create_engine_config()
+    model, parallel = config.model_config, config.parallel_config
+    per_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    sequence = per_token * model.dtype.itemsize * model.max_model_len
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        f"one sequence of {model.max_model_len} tokens takes {sequence} bytes of cache, where rollout.kv_cache_bytes "
+        f"is {args.kv_cache_memory_bytes}, rollout.gpu_memory_fraction {args.gpu_memory_utilization} on a GPU, and "
+        f"{free} bytes of the node's memory are free: if that does not fit, change these or rollout.max_model_tokens"
+    )

@@ -1,0 +1,177 @@
+"""What runs in the worker's process of an engine: the receiving end of the wire on CPU, and two defects mended.
+
+vLLM imports this module before it builds the worker, because ``WorkerExtension`` is named in its arguments. The mends
+stand on private names of vLLM 0.32; where a later vLLM lacks them the engine does not start, and says which.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
+
+from actors.weights import WeightBucket, WeightEntry, WeightsRefused, digest_of, map_segment, unpack
+
+#: What ``rollout.weight_transfer`` is called among vLLM's engines.
+SHARED_MEMORY_BACKEND = "troupe_shared_memory"
+
+
+@dataclass
+class SharedMemoryInit(WeightTransferInitInfo):  # type: ignore[misc]  # untyped in vLLM
+    """Nothing is to be agreed on before an update."""
+
+
+@dataclass
+class SharedMemoryUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # untyped in vLLM
+    """One bucket: the segment it stands in, its size, its digest, and a row for each parameter."""
+
+    path: str
+    num_bytes: int
+    digest: str
+    entries: list[tuple[str, str, list[int], int, int]]
+
+
+def shared_memory_update(bucket: WeightBucket, segment_path: str) -> dict[str, Any]:
+    """The fields of the ``SharedMemoryUpdate`` of a bucket that stands in a segment, as plain values."""
+    return {
+        "path": segment_path,
+        "num_bytes": bucket.payload.nbytes,
+        "digest": bucket.digest,
+        "entries": [
+            (entry.name, entry.dtype, list(entry.shape), entry.offset, entry.num_bytes) for entry in bucket.entries
+        ],
+    }
+
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):  # type: ignore[misc]  # untyped in vLLM
+    """The worker's end of the wire on CPU: loads buckets out of a shared-memory segment."""
+
+    init_info_cls = SharedMemoryInit
+    update_info_cls = SharedMemoryUpdate
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._expected: set[str] = set()
+        self._loaded: set[str] = set()
+
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        """Nothing to agree on."""
+
+    def start_weight_update(self) -> None:
+        """Make room for new weights; from here until ``finish_weight_update`` the model cannot run."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        self._loaded = set()
+        initialize_layerwise_reload(self.model)
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        """Load one bucket.
+
+        Raises:
+            WeightsRefused: its bytes are not those that were sent.
+        """
+        payload = map_segment(update_info.path, update_info.num_bytes)
+        digest = digest_of(payload.numpy())
+        if digest != update_info.digest:
+            raise WeightsRefused(f"a bucket of weights has digest {digest}, it was sent with {update_info.digest}")
+        entries = [WeightEntry(name, dtype, tuple(shape), *place) for name, dtype, shape, *place in update_info.entries]
+        self._loaded |= set(self.model.load_weights(unpack(payload, entries)) or ())
+
+    @torch.no_grad()
+    def finish_weight_update(self) -> None:
+        """Put the new weights to use.
+
+        Raises:
+            WeightsRefused: some of the model's parameters did not come.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        if missing := sorted(self._expected - self._loaded):
+            raise WeightsRefused(f"{len(missing)} of the model's parameters did not come, {missing[0]} among them")
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._rebuild_tied_head()
+
+    def _rebuild_tied_head(self) -> None:
+        """Pack the output head again where it is the embedding.
+
+        On CPU vLLM 0.32 multiplies by a packed copy of the head. A reload replaces the embedding and not the copy, so
+        with tied weights the logits would go on being the old ones, without an error.
+        """
+        if self.device.type != "cpu":
+            return
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+class WorkerExtension:
+    """Named as vLLM's worker extension, so that this module is imported in the worker's process.
+
+    That import registers the engine above and mends the sampler: the worker builds both before it can be called.
+    """
+
+
+def _keep_generators(runner: Any) -> None:
+    """Let requests with a seed of their own be prefilled in parts on CPU.
+
+    A request whose prompt is not done yet (chunked prefill, or recomputed after a pause) samples a token that is
+    thrown away, and its generator must be wound back. vLLM 0.32 does so by a generator's offset, which only CUDA's
+    have, and the engine dies. Here the state of such generators is saved before sampling and restored after it.
+    """
+    sample, bookkeeping = runner._sample, runner._bookkeeping_sync
+
+    def thrown_away(self: Any) -> list[int]:
+        rows = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        return [row for row in rows if row in self.input_batch.generators]
+
+    @functools.wraps(sample)
+    def sample_and_wind_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        states = {row: generators[row].get_state() for row in thrown_away(self)}
+        output = sample(self, *args, **kwargs)
+        for row, state in states.items():
+            generators[row].set_state(state)
+        return output
+
+    @functools.wraps(bookkeeping)
+    def bookkeeping_without_offsets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        hidden = {row: generators.pop(row) for row in thrown_away(self)}
+        try:
+            return bookkeeping(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    runner._sample, runner._bookkeeping_sync = sample_and_wind_back, bookkeeping_without_offsets
+
+
+def _prepare_worker() -> None:
+    if SHARED_MEMORY_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryEngine)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        if not hasattr(CPUModelRunner._sample, "__wrapped__"):
+            _keep_generators(CPUModelRunner)
+
+
+# At import, because importing this module is all that vLLM does for an extension before it builds the worker.
+_prepare_worker()
