@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -99,9 +99,11 @@ class Progress:
                 times.add_row(label, f"{values[name]:.2f} s", f"{values[name] / total:.0%}")
         columns = Table.grid(padding=(0, 4))
         columns.add_row(facts, speeds, times)
-        bar = ProgressBar(total=self._num_steps, completed=self._step, width=60)
+        rows = Table.grid()
+        rows.add_row(ProgressBar(total=self._num_steps, completed=self._step, width=60))
+        rows.add_row(columns)
         title = f"{self._stage}: step {self._step} of {self._num_steps}, {self._left()} left"
-        return Panel(Group(bar, columns), title=title, title_align="left")
+        return Panel(rows, title=title, title_align="left")
 
 
 def _speeds(values: Mapping[str, float]) -> list[str]:

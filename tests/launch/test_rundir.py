@@ -18,7 +18,7 @@ def test_begun_once_then_only_resumed(tmp_path: Path) -> None:
     run_dir = RunDir.open(config, resume=False)
     assert run_dir.path == tmp_path / "first"
     assert load(run_dir.config) == config
-    with pytest.raises(RunDirError, match=r"first holds a run already; add --resume .* run\.name="):
+    with pytest.raises(RunDirError, match=r"first holds a run already; add --resume .*run\.name="):
         RunDir.open(config, resume=False)
     assert RunDir.open(config, resume=True) == run_dir
 
