@@ -1,12 +1,14 @@
 """The configuration of a run: one YAML, composed of the roles', the algorithm's and the data's own models.
 
-Invariant: a ``RunConfig`` that exists has passed every rule that needs nothing but itself. Rules that need the
-model, the data or the cluster are in ``launch.check``.
+Invariant: a ``RunConfig`` that exists has passed every rule that needs nothing but itself (``launch.rules``). Rules
+that need the model, the data or the cluster are in ``launch.check``.
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from actors.config import (
     CriticConfig,
@@ -17,67 +19,67 @@ from actors.config import (
     TrainedRoleConfig,
 )
 from algorithms.config import PPOConfig, SupervisedConfig
-from cluster.config import ClusterConfig, FrozenConfig, PositiveInt
+from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
+from launch.errors import RuleViolations
+from launch.rules import PPO_RULES, SUPERVISED_RULES, Rule, violations
+from launch.settings import OnlineSettings, RunSettings
 
+__all__ = ["BaseRunConfig", "OnlineSettings", "PPORunConfig", "RunConfig", "RunSettings", "SupervisedRunConfig"]
 
-class RunSettings(FrozenConfig):
-    """The run itself: its name, its length, what it keeps."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder.")
-    root: str = Field(
-        "runs", description="Folder of all runs. On several nodes: one that all of them see. Relative paths here and in "
-        "model and data paths start at $TROUPE_HOME, or else at the current folder."
-    )
-    seed: int = Field(0, ge=0, description="Seeds data order, sampling and initial weights.")
-    num_iterations: PositiveInt | None = Field(
-        None, description="PPO: batches of experience to train on. Supervised: updates, where fewer than num_epochs give."
-    )
-    checkpoint_every: PositiveInt | None = Field(
-        None, description="Iterations (or updates) between checkpoints; none: at the end and when stopped."
-    )
-    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    keep_experience: bool = Field(False, description="Keep each iteration's experience as an Arrow file.")
-    log_every: PositiveInt = Field(1, description="Iterations (or updates) between lines of progress.")
-
-
-class OnlineSettings(FrozenConfig):
-    """How experience flows from the engines to the trainers."""
-
-    batch_size: PositiveInt = Field(description="Samples per training iteration.")
-    max_staleness: int = Field(
-        0, ge=0, description="Policy versions that generation may run ahead of training: 0 is on-policy PPO."
-    )
-    scoring_batch_size: PositiveInt = Field(
-        64, description="Samples that are scored together as soon as that many are generated."
-    )
+#: Roles that hold no model: they take little, and sit wherever there is room.
+SMALL_ROLE = PlacementConfig(cpus_per_rank=0.5, threads_per_rank=1)
 
 
 class BaseRunConfig(FrozenConfig):
     """What every run has."""
 
-    run: RunSettings
-    data: DataConfig
-    cluster: ClusterConfig = ClusterConfig()
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+    ROLES: ClassVar[tuple[str, ...]] = ()
+    SMALL_ROLES: ClassVar[tuple[str, ...]] = ()
+
+    run: RunSettings = Field(description="The run itself.")
+    data: DataConfig = Field(description="What comes in.")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The Ray cluster that the run uses.")
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        problems = violations(self.RULES, {name: getattr(self, name) for name in type(self).model_fields})
+        if problems:
+            raise RuleViolations(problems)
+        return self
+
+    def placements(self) -> dict[str, PlacementConfig]:
+        """The placement of every role of the run, by the role's name."""
+        placed: dict[str, PlacementConfig] = {name: getattr(self, name) for name in self.ROLES}
+        return placed | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
 
 
 class SupervisedRunConfig(BaseRunConfig):
     """Pre-training, SFT or a reward model: one trained role, the learner."""
 
-    algorithm: SupervisedConfig
+    RULES = SUPERVISED_RULES
+    ROLES = ("learner",)
+    SMALL_ROLES = ("source",)
+
+    algorithm: SupervisedConfig = Field(description="What is learnt, and for how long.")
     learner: TrainedRoleConfig = Field(description="The model that is trained.")
 
 
 class PPORunConfig(BaseRunConfig):
     """PPO: five roles, each on its own group of processes."""
 
-    algorithm: PPOConfig
-    online: OnlineSettings
-    policy: PolicyConfig
-    critic: CriticConfig
-    reference: ReferenceConfig
-    reward: RewardConfig
-    rollout: RolloutConfig
+    RULES = PPO_RULES
+    ROLES = ("policy", "critic", "reference", "reward", "rollout")
+    SMALL_ROLES = ("credit", "source")
+
+    algorithm: PPOConfig = Field(description="How the policy learns.")
+    online: OnlineSettings = Field(description="How experience flows.")
+    policy: PolicyConfig = Field(description="The model that is trained.")
+    critic: CriticConfig = Field(description="The model that estimates what a prefix is worth.")
+    reference: ReferenceConfig = Field(description="The model that the policy is held close to.")
+    reward: RewardConfig = Field(description="The model that scores whole responses.")
+    rollout: RolloutConfig = Field(description="The engines that generate.")
 
 
 RunConfig = SupervisedRunConfig | PPORunConfig

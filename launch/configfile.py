@@ -1,0 +1,175 @@
+"""From a YAML file and overrides to a ``RunConfig``, or to every problem in it at once, in the user's terms.
+
+Invariant: importing and using this module imports no torch and no Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from launch.config import BaseRunConfig, PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.errors import ConfigError, Problem, RuleViolations
+from launch.fields import Path, dotted, info_at, leaves, model_at, model_of, required
+from launch.rules import violations
+from launch.yamltree import YamlTree
+
+ALGORITHMS: Mapping[str, type[PPORunConfig] | type[SupervisedRunConfig]] = {
+    "ppo": PPORunConfig,
+    "pretrain": SupervisedRunConfig,
+    "sft": SupervisedRunConfig,
+    "reward_model": SupervisedRunConfig,
+}
+
+
+def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.sub=value``, later ones win; values are YAML, list items go by index
+            (``data.train.0.path=a.jsonl``).
+
+    Raises:
+        ConfigError: with every problem, each with its key, its line, and what would be right.
+    """
+    tree = YamlTree.read(FilePath(path))
+    problems = [problem for text in overrides if (problem := tree.override(text))]
+    kind, unclear = _kind(tree)
+    try:
+        config = kind.model_validate(tree.values)
+    except ValidationError as error:
+        problems += unclear or []
+        problems += _problems(tree, kind, error, skip_algorithm=bool(unclear))
+    else:
+        problems += unclear
+        if not problems:
+            return config
+    raise ConfigError(tree.source, problems)
+
+
+def dump(config: RunConfig) -> str:
+    """``config`` as YAML, every default written out; ``load`` of it gives ``config`` back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _kind(tree: YamlTree) -> tuple[type[PPORunConfig] | type[SupervisedRunConfig], list[Problem]]:
+    """The model that the file is of, with what is wrong about the key that says so."""
+    guess = SupervisedRunConfig if "learner" in tree.values else PPORunConfig
+    names = ", ".join(ALGORITHMS)
+    section = tree.values.get("algorithm")
+    if not isinstance(section, dict) or "name" not in section:
+        return guess, [Problem(tree.where(("algorithm", "name")), "is missing", f"one of {names}")]
+    name = section["name"]
+    if isinstance(name, str) and name in ALGORITHMS:
+        return ALGORITHMS[name], []
+    return guess, [Problem(tree.where(("algorithm", "name")), f"there is no algorithm {name!r}", f"one of {names}")]
+
+
+def _problems(
+    tree: YamlTree, kind: type[BaseRunConfig], error: ValidationError, skip_algorithm: bool
+) -> Iterator[Problem]:
+    details = error.errors(include_url=False)
+    paths = [tuple(detail["loc"]) for detail in details]
+    for detail, path in zip(details, paths, strict=True):
+        if skip_algorithm and path[:1] == ("algorithm",):
+            continue
+        # A list whose items are wrong is also called too short: the items' own errors say it better.
+        if detail["type"] == "too_short" and any(other[: len(path)] == path != other for other in paths):
+            continue
+        yield from _problem(tree, kind, detail, path)
+    if any(path for path in paths):  # else the rules have run: only whole configurations get that far
+        yield from _located(tree, violations(kind.RULES, _valid_sections(tree.values, kind)))
+
+
+def _valid_sections(values: Mapping[str, object], kind: type[BaseRunConfig]) -> dict[str, BaseModel]:
+    sections: dict[str, BaseModel] = {}
+    for name, info in kind.model_fields.items():
+        model = model_of(info.annotation)
+        if model is None or (name not in values and info.is_required()):
+            continue
+        try:
+            sections[name] = model.model_validate(values.get(name, {}))
+        except ValidationError:
+            continue  # its problems are already in the list that is being made
+    return sections
+
+
+def _located(tree: YamlTree, problems: Sequence[Problem]) -> Iterator[Problem]:
+    for problem in problems:
+        yield Problem(tree.where(problem.where.split(".")), problem.what, problem.right)
+
+
+def _problem(tree: YamlTree, kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) -> Iterator[Problem]:
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, RuleViolations):
+        yield from _located(tree, cause.problems)
+    elif detail["type"] == "extra_forbidden":
+        yield _unknown_key(tree, kind, path)
+    elif detail["type"] == "missing":
+        yield _missing(tree, kind, path)
+    elif cause is not None:
+        yield Problem(tree.where(path), str(cause))
+    else:
+        yield Problem(tree.where(path), *_wrong_value(kind, detail, path))
+
+
+def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
+    key, where = str(path[-1]), tree.where(path)
+    if len(path) == 1 and kind is SupervisedRunConfig and key in PPORunConfig.model_fields:
+        name = _algorithm(tree)
+        right = "remove the section (the model that is trained is `learner`), or set algorithm.name to ppo"
+        return Problem(where, f"{name} trains one model, the learner, and has no {key}", right)
+    if len(path) == 1 and kind is PPORunConfig and key in SupervisedRunConfig.model_fields:
+        right = "call it `policy`, or set algorithm.name to pretrain, sft or reward_model"
+        return Problem(where, f"ppo trains `policy` and `critic` and has no {key}", right)
+    owner = model_at(kind, path[:-1])
+    known = list(owner.model_fields) if owner else []
+    elsewhere = [leaf.path for leaf in leaves(kind) if leaf.path[-1] == key]
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        right = f"did you mean {close[0]!r}?"
+    elif elsewhere:
+        nearest = max(elsewhere, key=lambda found: (found[0] == path[0], -len(found)))
+        right = f"did you mean {dotted(nearest)}?"
+    else:
+        right = f"the keys here are {', '.join(known)}"
+    return Problem(where, "unknown key", right)
+
+
+def _missing(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
+    info = info_at(kind, path)
+    purpose = (info.description or "").rstrip(".") if info else ""
+    if len(path) > 1:
+        return Problem(tree.where(path), "is missing", purpose)
+    model = model_of(info.annotation) if info else None
+    least = ", ".join(dotted((*path, *key)) for key in required(model)) if model else ""
+    what = f"the section is missing, and {_algorithm(tree)} needs it ({purpose[:1].lower()}{purpose[1:]})"
+    return Problem(tree.where(path), what, f"add it with at least {least}" if least else "add it")
+
+
+def _algorithm(tree: YamlTree) -> object:
+    section = tree.values.get("algorithm")
+    return section.get("name", "a run") if isinstance(section, dict) else "a run"
+
+
+def _wrong_value(kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) -> tuple[str, str]:
+    value, message = detail["input"], detail["msg"]
+    if detail["type"] == "literal_error" and isinstance(value, str):
+        options = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        close = difflib.get_close_matches(value, options, n=1)
+        return f"{value!r} is none of {', '.join(options)}", f"did you mean {close[0]!r}?" if close else ""
+    if detail["type"] == "string_type":
+        return f"{value!r} is not text", "put it in quotes" if isinstance(value, int | float) else "text"
+    if detail["type"] == "model_type":
+        owner = model_at(kind, path)
+        keys = f"keys below it: {', '.join(owner.model_fields)}" if owner else "keys below it"
+        return f"{value!r} is not a section", keys
+    right = message.removeprefix("Input ").removeprefix("String ")
+    return f"{value!r} is not right", f"it {right[:1].lower()}{right[1:]}"

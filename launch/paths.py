@@ -1,0 +1,84 @@
+"""Where relative paths of a configuration start: the one place that decides it.
+
+Invariant: what leaves here is absolute, or is not a path of this file system (a URL, a hub name).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from actors.config import ModelConfig
+from data.config import DataConfig, SourceConfig
+from launch.errors import RunDirError
+
+HOME_VARIABLE = "TROUPE_HOME"
+#: Set by Ray, under this very name, in the process that a submitted job's command line runs in.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def home(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where relative paths start: ``$TROUPE_HOME``, or else the current folder."""
+    return Path(environment.get(HOME_VARIABLE) or ".").expanduser().absolute()
+
+
+def resolve(path: str) -> Path:
+    """An absolute path: ``~`` is the user's home, a relative path starts at ``home()``."""
+    return Path(os.path.normpath(home() / Path(path).expanduser()))
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` is not of this file system: an fsspec URL, or a name on a hub."""
+    return "://" in path or path.startswith("hub:")
+
+
+def resolve_source(path: str) -> str:
+    """The path of a data source (a file, folder or glob made absolute; a URL or hub name as it is)."""
+    return path if is_url(path) else str(resolve(path))
+
+
+def resolve_model_path(path: str) -> str:
+    """The path of a model: an existing folder made absolute; what can only be a path as well; else a hub name."""
+    folder = resolve(path)
+    return path if not folder.exists() and _HUB_NAME.fullmatch(path) else str(folder)
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """``model`` with its paths resolved."""
+    tokenizer = None if model.tokenizer is None else resolve_model_path(model.tokenizer)
+    return model.model_copy(update={"path": resolve_model_path(model.path), "tokenizer": tokenizer})
+
+
+def resolve_data(data: DataConfig) -> DataConfig:
+    """``data`` with the paths of its sources resolved."""
+
+    def resolved(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(source.model_copy(update={"path": resolve_source(source.path)}) for source in sources)
+
+    return data.model_copy(update={"train": resolved(data.train), "heldout": resolved(data.heldout)})
+
+
+def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of all runs, absolute.
+
+    Raises:
+        RunDirError: it would lie in the working directory that Ray unpacked for a submitted job. Ray deletes that
+            folder after the job, and the run with it.
+    """
+    relative = not Path(root).expanduser().is_absolute()
+    if relative and not environment.get(HOME_VARIABLE) and _has_uploaded_working_dir(environment):
+        raise RunDirError(
+            f"run.root is {root!r}, a relative path, and this is a submitted job: its working directory is deleted "
+            f"with the job, and the run's checkpoints with it; set run.root to an absolute path (or one that starts "
+            f"with ~), or set {HOME_VARIABLE} in the job's env_vars"
+        )
+    return resolve(root)
+
+
+def _has_uploaded_working_dir(environment: Mapping[str, str]) -> bool:
+    job = environment.get(JOB_VARIABLE)
+    return bool(job) and bool((json.loads(job or "{}").get("runtime_env") or {}).get("working_dir"))

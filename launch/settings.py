@@ -1,0 +1,40 @@
+"""Settings of the run itself and of the online driver. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from cluster.config import FrozenConfig, PositiveInt
+
+
+class RunSettings(FrozenConfig):
+    """The run itself: its name, its length, what it keeps."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder.")
+    root: str = Field(
+        "runs", description="Folder of all runs. On several nodes: one that all of them see. Relative paths, here and "
+        "of models and data, start at $TROUPE_HOME, or else at the current folder; ~ is the home folder."
+    )
+    seed: int = Field(0, ge=0, description="Seeds data order, sampling and initial weights.")
+    num_iterations: PositiveInt | None = Field(
+        None, description="PPO: batches of experience to train on (required). Supervised: updates, where fewer than "
+        "num_epochs give."
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="Iterations (or updates) between checkpoints; none: at the end and when stopped."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    keep_experience: bool = Field(False, description="Keep each iteration's experience as an Arrow file.")
+    log_every: PositiveInt = Field(1, description="Iterations (or updates) between lines of progress.")
+
+
+class OnlineSettings(FrozenConfig):
+    """How experience flows from the engines to the trainers."""
+
+    batch_size: PositiveInt = Field(description="Samples per training iteration.")
+    max_staleness: int = Field(
+        0, ge=0, description="Policy versions that generation may run ahead of training: 0 is on-policy PPO."
+    )
+    scoring_batch_size: PositiveInt = Field(
+        64, description="Samples that are scored together as soon as that many are generated."
+    )
