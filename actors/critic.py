@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from algorithms.losses import clipped_value_loss
 from torch import Tensor, nn
 
 from actors.config import CriticConfig
@@ -24,6 +23,7 @@ from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
 from algorithms.config import PPOConfig
+from algorithms.losses import clipped_value_loss
 from cluster.context import RankContext
 from experience.schema import CREDIT, VALUES, check_schema, require_same_rows
 from experience.tensors import list_column

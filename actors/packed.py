@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from algorithms.logprobs import token_logprobs
 from torch import Tensor, nn
 
+from algorithms.logprobs import token_logprobs
 from experience.packing import PackPlan, contiguous_split, plan_packs
 from experience.tensors import Batches, ListColumn, PackedRows, list_column, pack, prediction_positions, scalar_column
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
-from algorithms.schedules import learning_rate
 from torch import Tensor, nn
 
 from actors.config import OptimizerConfig
@@ -20,6 +19,7 @@ from actors.deepspeed_engine import TrainEngine
 from actors.packed import Samples
 from actors.reports import TrainReport
 from algorithms.config import PPOConfig
+from algorithms.schedules import learning_rate
 from cluster.context import RankContext
 from experience.packing import minibatches, plan_packs
 from experience.schema import ROLLOUT, check_schema
