@@ -43,15 +43,15 @@ def train(
 
     console = Console(highlight=False)
     stop = StopRequest()
-    with stop.listening():
-        result = run(run_config, resume=resume, stop=stop)
+    result = run(run_config, resume=resume, stop=stop)
     if stop.signal is not None and result.stopped:
         console.print(
             f"stopped by {stop.signal.name} after step {result.steps}; a checkpoint is in {result.folder}; "
-            "go on with --resume"
+            "go on with --resume",
+            soft_wrap=True,
         )
         raise typer.Exit(128 + stop.signal)
-    console.print(f"done: {result.steps} steps; model in {result.folder / 'model'}")
+    console.print(f"done: {result.steps} steps; model in {result.folder / 'model'}", soft_wrap=True)
 
 
 @app.command()

@@ -49,7 +49,8 @@ def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
         ClusterError: a role could not be placed, failed, or was silent past its deadline.
     """
     run_dir = RunDir.open(config, resume=resume)
-    with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)):
+    # Listening begins after Ray has put its own handlers in place, which end the process at once.
+    with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)), stop.listening():
         match config:
             case SupervisedRunConfig():
                 return asyncio.run(_supervised(config, run_dir, resume, stop))

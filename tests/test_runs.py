@@ -126,7 +126,11 @@ def test_generation_ahead_of_training_stays_within_its_bound(troupe: Troupe, hom
 @pytest.mark.parametrize(
     ("stage", "words", "metric"),
     [
-        ("pretrain", ["data.documents=packed", "data.heldout_fraction=0.1", "learner.zero.stage=3"], "heldout/perplexity"),
+        (
+            "pretrain",
+            ["data.documents=packed", "data.heldout_fraction=0.1", "learner.zero.stage=3"],
+            "heldout/perplexity",
+        ),
         ("reward", [], "heldout/accuracy"),
     ],
 )
@@ -141,7 +145,8 @@ def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[
 
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, home: Path) -> None:
     config = str(ROOT / "examples" / "sft.yaml")
-    words = ("train", config, "run.name=sft", "run.log_every=1", "algorithm.num_epochs=500")
+    model = "learner.model.path=runs/demo-sft/model"
+    words = ("train", config, model, "run.name=sft", "run.log_every=1", "algorithm.num_epochs=500")
     environment = {**os.environ, "TROUPE_HOME": str(home)}
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", *words],
