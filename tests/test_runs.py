@@ -148,24 +148,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, hom
     model = "learner.model.path=runs/demo-sft/model"
     words = ("train", config, model, "run.name=sft", "run.log_every=1", "algorithm.num_epochs=500")
     environment = {**os.environ, "TROUPE_HOME": str(home)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "launch", *words],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert process.stdout is not None
-    told = []
-    for line in process.stdout:
-        told.append(line)
-        if line.startswith("sft 5/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    began = time.monotonic()
-    told += process.stdout.readlines()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(told)[-3000:]
+    ) as process:
+        assert process.stdout is not None
+        told = []
+        for line in process.stdout:
+            told.append(line)
+            if line.startswith("sft 5/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        began = time.monotonic()
+        told += process.stdout.readlines()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(told)[-3000:]
     assert time.monotonic() - began < 60
     assert "stopped by SIGTERM after step" in told[-1]
     assert "--resume" in told[-1]
