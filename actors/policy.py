@@ -25,7 +25,9 @@ from actors.packed import ResponsePack, Samples, response_logprobs
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
-from actors.weights import Tally, WeightBucket, WeightManifest
+from actors.weight_channels import Meeting, SharedBucket, WeightMeta
+from actors.weight_sender import WeightSender, layout_of
+from actors.weights import WeightBucket, WeightManifest
 from algorithms.config import PPOConfig
 from algorithms.logprobs import entropy, token_logprobs
 from algorithms.losses import clipped_policy_loss
@@ -69,8 +71,11 @@ class PolicyActor:
         self._temperature = sampling.temperature
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
         self._tokenizer = load_tokenizer(config.model)
-        self._tally = Tally()
-        self._engine = TrainEngine(load_causal_lm(config.model, seed=seed), context, config)
+        model = load_causal_lm(config.model, seed=seed)
+        # Before the engine takes the model apart.
+        layout = layout_of(model)
+        self._engine = TrainEngine(model, context, config)
+        self._sender = WeightSender(self._engine, context, layout, sharded=config.zero.stage == 3)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Log-probs of the response tokens under the current weights: POLICY_LOGPROBS of this rank's rows."""
@@ -133,21 +138,39 @@ class PolicyActor:
         Called on the first rank. Where weights are sharded (stage 3) it is collective: the other ranks take part by
         ``join_gather``, at the same time.
         """
-        self._tally = Tally()
-        for parameters in self._engine.weights(bucket_bytes):
-            bucket = WeightBucket.of(parameters)
-            self._tally.add(bucket)
-            yield bucket
+        return self._sender.buckets(bucket_bytes)
 
     def join_gather(self, bucket_bytes: int) -> None:
         """Take part in the first rank's ``weight_buckets``; without sharded weights there is nothing to do."""
-        if self._config.zero.stage == 3:
-            for _ in self._engine.weights(bucket_bytes):
-                pass
+        self._sender.join_gather(bucket_bytes)
 
     def weight_manifest(self, version: int) -> WeightManifest:
-        """What the buckets that were last sent make up together, as ``version``."""
-        return self._tally.manifest(version)
+        """What was last sent makes up together, as ``version``."""
+        return self._sender.manifest(version)
+
+    def weight_layout(self) -> list[WeightMeta]:
+        """The weights in the order they are sent, without their values."""
+        return self._sender.layout()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Where engines can reach this rank."""
+        return self._sender.meeting_point()
+
+    def open_broadcast(self, meeting: Meeting) -> None:
+        """Connect with the engines over NCCL, while they connect. Collective."""
+        self._sender.open_broadcast(meeting)
+
+    def broadcast_weights(self) -> None:
+        """Send all weights over NCCL, while the engines receive. Collective."""
+        self._sender.broadcast()
+
+    def begin_sharing(self, bucket_bytes: int) -> None:
+        """Make ready to share weights with engines on the same GPUs."""
+        self._sender.begin_sharing(bucket_bytes)
+
+    def share_next(self) -> SharedBucket | None:
+        """The next weights, on this rank's GPU until this is called again; none after the last. Collective."""
+        return self._sender.share_next()
 
     def save(self, folder: Path) -> None:
         """Write everything that training goes on from. Collective."""

@@ -11,9 +11,11 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ import pyarrow as pa
 
 from actors.config import ModelConfig, RolloutConfig
 from actors.errors import RolloutError
+from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, WeightMeta, broadcast_info, shared_info
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightsRefused
 from cluster.context import RankContext
 from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
@@ -52,6 +55,14 @@ def engine_environment(on_gpu: bool) -> dict[str, str]:
     return {**shared, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
+def transfer_environment(transfer: Transfer) -> dict[str, str]:
+    """What an engine needs besides to take weights in one way: vLLM takes CUDA-IPC handles pickled, and only so.
+
+    They come from the policy's ranks alone.
+    """
+    return {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transfer == "ipc" else {}
+
+
 class RolloutActor:
     """One engine. Its methods are coroutines: many slices are under way at a time."""
 
@@ -59,17 +70,28 @@ class RolloutActor:
         """Start the engine, which loads ``model`` and waits for weights.
 
         Raises:
-            RolloutError: the engine cannot start.
+            RolloutError: the engine cannot start, or weights cannot reach it as configured.
         """
+        on_gpu = context.device == "cuda"
+        auto: Transfer = "nccl" if on_gpu else "shared_memory"
+        self._transfer: Transfer = auto if config.weight_transfer == "auto" else config.weight_transfer
+        if self._transfer != "shared_memory" and not on_gpu:
+            raise RolloutError(
+                f"rollout.weight_transfer {self._transfer} goes from GPU to GPU, and this engine is on CPU: use auto "
+                "or shared_memory"
+            )
+        # The engine's own process inherits it.
+        os.environ.update(transfer_environment(self._transfer))
         # Here, so that the driver, which imports this class to name it, does not import vLLM.
         from actors.vllm_engine import engine, worker
 
-        on_gpu = context.device == "cuda"
+        self._context = context
         self._config = config
         self._seed = seed
         self._sampling_params = engine.sampling_params
         self._bucket_info = worker.shared_memory_update
-        self._engine = engine.Engine(engine.engine_args(config, model, "shared_memory", on_gpu=on_gpu, seed=seed))
+        args = engine.engine_args(config, model, self._transfer, on_gpu=on_gpu, seed=seed)
+        self._engine = engine.Engine(args)
         self._segment = SharedSegment(f"{context.role}-{context.rank}")
         self._tally = Tally()
         self._version: int | None = None
@@ -110,11 +132,25 @@ class RolloutActor:
         )
         return batch, info
 
+    async def endpoint(self) -> Endpoint:
+        """How this engine takes weights."""
+        return Endpoint(self._transfer, self._config.tensor_parallel_size, self._engine.is_open)
+
+    async def join(self, meeting: Meeting) -> None:
+        """Connect with the policy over NCCL, while it connects."""
+        await self._engine.open(meeting.init_info(self._context.rank))
+
     async def begin_update(self) -> None:
-        """Freeze generation and make ready for new weights."""
+        """Freeze generation and make ready for new weights.
+
+        Raises:
+            RolloutError: weights come over NCCL, and ``join`` was not called.
+        """
         self._tally = Tally()
         if not self._engine.is_open:
-            await self._engine.open({})
+            if self._transfer == "nccl":
+                raise RolloutError("the engine is not connected with the policy; join comes before an update")
+            await self._engine.open({"packed": True} if self._transfer == "ipc" else {})
         await self._engine.begin_update()
 
     async def receive(self, bucket: WeightBucket) -> None:
@@ -130,6 +166,16 @@ class RolloutActor:
             raise
         await self._engine.load(self._bucket_info(bucket, self._segment.path))
         self._tally.add(bucket)
+
+    async def receive_broadcast(self, parameters: Sequence[WeightMeta]) -> None:
+        """Take all weights as the policy broadcasts them over NCCL."""
+        await self._engine.load(broadcast_info(parameters))
+        self._tally.add_layout(parameters)
+
+    async def receive_shared(self, bucket: SharedBucket) -> None:
+        """Copy weights that the policy shares on this engine's GPU."""
+        await self._engine.load(shared_info(bucket))
+        self._tally.add_layout(bucket.parameters)
 
     async def finish_update(self, manifest: WeightManifest) -> None:
         """Go on generating, with the weights that came.
@@ -178,9 +224,9 @@ def _rollout(
 ) -> pa.RecordBatch:
     prompt_lengths = [len(prompt) for _, _, prompt in samples]
     lengths = [len(completion.tokens) for completion in completions]
-    pairs = zip(samples, completions, strict=True)
-    tokens = [token for (_, _, prompt), done in pairs for token in (*prompt, *done.tokens)]
-    logprobs = [logprob for done in completions for logprob in done.logprobs]
+    parts = [part for (_, _, prompt), done in zip(samples, completions, strict=True) for part in (prompt, done.tokens)]
+    tokens = list(chain.from_iterable(parts))
+    logprobs = list(chain.from_iterable(done.logprobs for done in completions))
     spans = [span for done in completions for span in done.versions]
     versions = np.repeat([version for version, _, _ in spans], [end - start for _, start, end in spans])
     totals = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]

@@ -13,10 +13,12 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -74,12 +76,23 @@ class WeightBucket:
 
 @dataclass(frozen=True)
 class WeightManifest:
-    """What a whole update consists of."""
+    """What a whole update consists of. The digest is over the buckets' digests, or over names, types and shapes."""
 
     version: int
     num_parameters: int
     num_bytes: int
     digest: str
+
+
+class Described(Protocol):
+    """A parameter's name, type and whole shape."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Tally:
@@ -95,6 +108,14 @@ class Tally:
         self._num_parameters += len(bucket.entries)
         self._num_bytes += bucket.payload.nbytes
         self._digest.update(bucket.digest.encode())
+
+    def add_layout(self, parameters: Sequence[Described]) -> None:
+        """Parameters whose bytes this end does not see: their names, types and shapes count."""
+        for parameter in parameters:
+            num_elements = math.prod(parameter.shape)
+            self._num_parameters += 1
+            self._num_bytes += num_elements * getattr(torch, parameter.dtype).itemsize
+            self._digest.update(f"{parameter.name} {parameter.dtype} {parameter.shape};".encode())
 
     def manifest(self, version: int) -> WeightManifest:
         """What came so far, as the whole of version ``version``."""

@@ -1,19 +1,37 @@
-"""Publishing: the policy's weights, bucket by bucket, to every rollout engine.
+"""Publishing: the policy's weights to every rollout engine.
 
 Invariants:
 
-- Every engine gets every bucket, in the order they were sent, and generation stands still meanwhile.
-- Weights travel by reference: this process sees digests and sizes, no weight.
+- Every engine gets all weights, in the order they were sent, and generation stands still meanwhile.
+- Weights pass this process by: it sees references, digests, sizes, and handles to GPU memory.
 - Engines go on only when each has agreed with the policy's manifest of the whole.
+
+Of the three ways only shared memory has been run; NCCL and CUDA-IPC wait for a GPU.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+from actors.config import PolicyConfig, RolloutConfig
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
+from actors.weight_channels import Endpoint, Meeting, Transfer
+from actors.weight_sender import shared_parts
+from cluster.config import ClusterConfig
 from cluster.group import RoleGroup
+from launch.rules import runs_on_gpu
+
+
+def weight_transfer(policy: PolicyConfig, rollout: RolloutConfig, cluster: ClusterConfig) -> Transfer:
+    """The way of the weights: as configured, or the one that fits where both roles run."""
+    if rollout.weight_transfer != "auto":
+        return rollout.weight_transfer
+    if not (runs_on_gpu(policy, cluster) and runs_on_gpu(rollout, cluster)):
+        return "shared_memory"
+    # NCCL cannot connect two processes on one GPU.
+    one_gpu = policy.colocate is not None and policy.colocate == rollout.colocate and policy.gpus_per_rank < 1
+    return "ipc" if one_gpu else "nccl"
 
 
 async def publish_weights(
@@ -24,6 +42,23 @@ async def publish_weights(
     Raises:
         ClusterError: a policy rank or an engine failed; engines that were being updated are dead.
     """
+    endpoints = await rollout.call(RolloutActor.endpoint)
+    match endpoints[0].transfer:
+        case "shared_memory":
+            await _send_buckets(policy, rollout, bucket_bytes)
+        case "nccl":
+            await _broadcast(policy, rollout, endpoints, bucket_bytes)
+        case "ipc":
+            await _share(policy, rollout, bucket_bytes)
+    manifest = await policy.call_one(0, PolicyActor.weight_manifest, version)
+    await rollout.call(RolloutActor.finish_update, manifest)
+    return manifest.num_bytes
+
+
+async def _send_buckets(
+    policy: RoleGroup[PolicyActor], rollout: RoleGroup[RolloutActor], bucket_bytes: int
+) -> None:
+    """Through the object store, a bucket at a time."""
     others = [
         asyncio.ensure_future(policy.call_one(rank, PolicyActor.join_gather, bucket_bytes))
         for rank in range(1, policy.num_ranks)
@@ -36,6 +71,31 @@ async def publish_weights(
     finally:
         for other in others:
             other.cancel()
-    manifest = await policy.call_one(0, PolicyActor.weight_manifest, version)
-    await rollout.call(RolloutActor.finish_update, manifest)
-    return manifest.num_bytes
+
+
+async def _broadcast(
+    policy: RoleGroup[PolicyActor],
+    rollout: RoleGroup[RolloutActor],
+    endpoints: list[Endpoint],
+    bucket_bytes: int,
+) -> None:
+    """From the policy's first GPU to all engines' over NCCL; both ends are called at the same time."""
+    if not all(endpoint.is_open for endpoint in endpoints):
+        address, port = await policy.call_one(0, PolicyActor.meeting_point)
+        meeting = Meeting.of(address, port, [endpoint.num_workers for endpoint in endpoints], bucket_bytes)
+        await asyncio.gather(
+            policy.call(PolicyActor.open_broadcast, meeting), rollout.call(RolloutActor.join, meeting)
+        )
+    parameters = await policy.call_one(0, PolicyActor.weight_layout)
+    await rollout.call(RolloutActor.begin_update)
+    await asyncio.gather(
+        policy.call(PolicyActor.broadcast_weights), rollout.call(RolloutActor.receive_broadcast, parameters)
+    )
+
+
+async def _share(policy: RoleGroup[PolicyActor], rollout: RoleGroup[RolloutActor], bucket_bytes: int) -> None:
+    """By handles to GPU memory, a bucket at a time; the next is packed when every engine has copied the last."""
+    await rollout.call(RolloutActor.begin_update)
+    await policy.call(PolicyActor.begin_sharing, bucket_bytes)
+    while (bucket := shared_parts(await policy.call(PolicyActor.share_next))) is not None:
+        await rollout.call(RolloutActor.receive_shared, bucket)

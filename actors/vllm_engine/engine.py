@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -28,11 +28,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from actors.config import ModelConfig, RolloutConfig, SamplingConfig
 from actors.errors import EngineDead, RolloutError
 from actors.vllm_engine.worker import SHARED_MEMORY_BACKEND, WorkerExtension
+from actors.weight_channels import Transfer
 
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 256 << 20
-Transfer = Literal["shared_memory", "nccl", "ipc"]
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,14 @@ def rates(own: RankContext, folder: Path, rollouts: list[pa.RecordBatch], credit
     config = PolicyConfig(**(trained(folder, 1) | {"optimizer": optimizer}))
     actor = PolicyActor(own, config, PPOConfig(), sampling(), 3, NUM_ITERATIONS)
     return [actor.train(i, rollouts, [credit]).metrics["learning_rate"] for i in range(NUM_ITERATIONS)]
+
+
+def layout_and_weights(own: RankContext, folder: Path, stage: int) -> tuple[list[Any], list[Any]]:
+    """What the policy says it sends, and what it would."""
+    actor = policy(own, folder, stage)
+    sent = [
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for parameters in actor._engine.weights(10_000)
+        for name, tensor in parameters
+    ]
+    return [(meta.name, meta.dtype, meta.shape) for meta in actor.weight_layout()], sent
