@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 import ray
 from ray.actor import ActorHandle
@@ -35,8 +35,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ColumnT = TypeVar("ColumnT")
 Ref: TypeAlias = "ray.ObjectRef"
-#: What a role's method gives: its value, or a coroutine of it.
-Given: TypeAlias = R | Coroutine[Any, Any, R]
+#: A role's method as a function of its class, plain or a coroutine.
+Method: TypeAlias = Callable[Concatenate[T, P], R]
+AsyncMethod: TypeAlias = Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
 #: Ray returns objects below this many bytes through the caller's memory; at 0 all stay in the object store.
 ENVIRONMENT = {"RAY_max_direct_call_object_size": "0"}
@@ -122,9 +123,13 @@ class RoleGroup(Generic[T]):
         """The same group, whose calls may take ``seconds``."""
         return replace(self, call_timeout_s=seconds)
 
-    async def call(
-        self, method: Callable[Concatenate[T, P], Given[R]], *args: P.args, **kwargs: P.kwargs
-    ) -> list[R]:
+    @overload
+    async def call(self, method: AsyncMethod[T, P, R], *args: P.args, **kwargs: P.kwargs) -> list[R]: ...
+
+    @overload
+    async def call(self, method: Method[T, P, R], *args: P.args, **kwargs: P.kwargs) -> list[R]: ...
+
+    async def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call a method on every rank with the same arguments; returns each rank's answer.
 
         An argument may be a reference, or a list of references, to what the method takes.
@@ -136,16 +141,27 @@ class RoleGroup(Generic[T]):
         calls = {rank: self._submit(rank, method, args, kwargs) for rank in range(self.num_ranks)}
         return await self._wait(method.__qualname__, calls)
 
-    async def call_one(
-        self, rank: int, method: Callable[Concatenate[T, P], Given[R]], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """Call a method on one rank. Raises as ``call`` does."""
-        answers: list[R] = await self._wait(method.__qualname__, {rank: self._submit(rank, method, args, kwargs)})
-        return answers[0]
+    @overload
+    async def call_one(self, rank: int, method: AsyncMethod[T, P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
 
+    @overload
+    async def call_one(self, rank: int, method: Method[T, P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    async def call_one(self, rank: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method on one rank. Raises as ``call`` does."""
+        return (await self._wait(method.__qualname__, {rank: self._submit(rank, method, args, kwargs)}))[0]
+
+    @overload
     async def columns(
-        self, method: Callable[Concatenate[T, P], Given[tuple[ColumnT, R]]], *args: P.args, **kwargs: P.kwargs
-    ) -> list[tuple[Ref, R]]:
+        self, method: AsyncMethod[T, P, tuple[ColumnT, R]], *args: P.args, **kwargs: P.kwargs
+    ) -> list[tuple[Ref, R]]: ...
+
+    @overload
+    async def columns(
+        self, method: Method[T, P, tuple[ColumnT, R]], *args: P.args, **kwargs: P.kwargs
+    ) -> list[tuple[Ref, R]]: ...
+
+    async def columns(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[Ref, Any]]:
         """Call a method that makes a column on every rank; returns references to the columns, each with what it says.
 
         Raises as ``call`` does.
@@ -154,13 +170,17 @@ class RoleGroup(Generic[T]):
         infos = await self._wait(method.__qualname__, {rank: info for rank, (_, info) in enumerate(pairs)})
         return [(column, info) for (column, _), info in zip(pairs, infos, strict=True)]
 
+    @overload
     async def column_of(
-        self,
-        rank: int,
-        method: Callable[Concatenate[T, P], Given[tuple[ColumnT, R]]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> tuple[Ref, R]:
+        self, rank: int, method: AsyncMethod[T, P, tuple[ColumnT, R]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Ref, R]: ...
+
+    @overload
+    async def column_of(
+        self, rank: int, method: Method[T, P, tuple[ColumnT, R]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Ref, R]: ...
+
+    async def column_of(self, rank: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ref, Any]:
         """As ``columns``, of one rank."""
         column, info = self._submit(rank, method, args, kwargs, num_returns=2)
         return column, (await self._wait(method.__qualname__, {rank: info}))[0]

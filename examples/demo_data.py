@@ -217,10 +217,8 @@ def demonstration(
     numbers: Sequence[int], labellers: Labellers, rng: random.Random
 ) -> dict[str, str]:
     """What one labeller, of the better or the worse kind, wrote for `numbers`."""
-    if rng.random() < labellers.share_by_spelling:
-        answer = by_spelling(numbers)
-    else:
-        answer = by_size(numbers)
+    careless = rng.random() < labellers.share_by_spelling
+    answer = by_spelling(numbers) if careless else by_size(numbers)
     if rng.random() < labellers.slip_rate:
         answer = slip(answer, rng)
     return {"prompt": make_prompt(numbers), "completion": " " + join(answer)}

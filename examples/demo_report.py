@@ -35,8 +35,8 @@ def print_stage(console: Console, stage: str, runs: Path) -> None:
     if stage == "ppo":
         score, kl = first_and_last(rows, "experience/score"), first_and_last(rows, "experience/kl_per_sample")
         console.print(
-            f"[bold]PPO[/]: the reward model's score of the policy's answers rose from {score[0]:.2f} to {score[1]:.2f}; "
-            f"KL to the SFT model is {kl[1]:.2f} nats an answer."
+            f"[bold]PPO[/]: the reward model's score of the policy's answers rose from {score[0]:.2f} to "
+            f"{score[1]:.2f}; KL to the SFT model is {kl[1]:.2f} nats an answer."
         )
     elif stage == "reward":
         accuracy = first_and_last(rows, "heldout/accuracy")

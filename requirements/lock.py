@@ -13,9 +13,7 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "pip",
 
 def main() -> None:
     """Print it."""
-    packages = {
-        distribution.metadata["Name"].lower().replace("_", "-"): distribution.version for distribution in distributions()
-    }
+    packages = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
     print(HEADER)
     for name in sorted(packages.keys() - LEFT_OUT):
         print(f"{name}=={packages[name]}")
