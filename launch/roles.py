@@ -25,6 +25,8 @@ from cluster.placement import place, plan_bundles
 from data.formats import Kind
 from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
 from launch.paths import resolve_data, resolve_model
+from launch.publish import weight_transfer
+from launch.rules import runs_on_gpu
 from launch.tasks import task_group
 
 T = TypeVar("T")
@@ -88,6 +90,8 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
     sampling, algorithm, seed = config.rollout.sampling, config.algorithm, config.run.seed
     num_iterations = config.run.num_iterations
     data = resolve_data(config.data)
+    way = weight_transfer(policy, config.rollout, config.cluster)
+    rollout = config.rollout.model_copy(update={"weight_transfer": way})
     async with _starter(config, log_dir) as start:
         async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
@@ -97,7 +101,7 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
             valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
             referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
             rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
-            rolled_out = starting.create_task(start(RolloutActor, "rollout", (config.rollout, policy.model, seed)))
+            rolled_out = starting.create_task(start(RolloutActor, "rollout", (rollout, policy.model, seed)))
             credited = starting.create_task(start(CreditActor, "credit", (algorithm,)))
         yield PPORoles(
             source.result(),
@@ -122,7 +126,7 @@ async def _starter(config: RunConfig, log_dir: Path) -> AsyncIterator[Start]:
             wanted[role],
             config.run.seed,
             log_dir,
-            environment=engine_environment(wanted[role].gpus_per_rank > 0) if role == "rollout" else {},
+            environment=engine_environment(runs_on_gpu(wanted[role], config.cluster)) if role == "rollout" else {},
             is_async=role == "rollout",
         )
         return await RoleGroup.start(role_class, spec, placement, config.cluster, args)
