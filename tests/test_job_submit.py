@@ -1,0 +1,81 @@
+"""The default run, submitted to a Ray head as an operator does it, with token authentication on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port(start: int) -> int:
+    """A port below Ray's workers' range (10002 to 19999)."""
+    for port in range(start, 10000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError(f"no free port from {start} on")
+
+
+@pytest.fixture
+def head(home: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """``ray start --head``; gives the environment to submit from."""
+    port, dashboard, agent = free_port(6400), free_port(8300), free_port(8800)
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "a-token-of-this-test-and-of-nothing-else",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TROUPE_HOME": str(home),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    ports = (f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}")
+    words = ("ray", "start", "--head", "--block", *ports, "--num-cpus=8")
+    log = tmp_path / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output)
+    submit = {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    try:
+        deadline = time.monotonic() + 90
+        # The head answers before the agent that runs jobs does.
+        words = ("ray", "job", "submit", "--", "true")
+        while (trial := subprocess.run(words, env=submit, capture_output=True, text=True, check=False)).returncode:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text() + trial.stdout + trial.stderr
+            time.sleep(1)
+        yield submit
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_the_default_run_as_a_job(head: dict[str, str], home: Path, tmp_path: Path) -> None:
+    # A checkout: what git knows, without this machine's environment and runs.
+    checkout = tmp_path / "checkout"
+    listed = subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).exists():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    stranger = {**head, "RAY_AUTH_TOKEN": "another-token"}
+    refused = subprocess.run(("ray", "job", "submit", "--", "true"), env=stranger, capture_output=True, check=False)
+    assert refused.returncode != 0
+    words = ("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "launch", "train", "ray_config.yaml")
+    done = subprocess.run(
+        words, cwd=checkout, env=head, capture_output=True, text=True, timeout=280, check=False
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told[-6000:]
+    assert "ppo 1/20" in told and "ppo 20/20" in told
+    assert "succeeded" in told
+    assert (home / "runs" / "ppo" / "model" / "model.safetensors").exists()
+    assert (home / "runs" / "ppo" / "logs" / "rollout-0.log").exists()
