@@ -2,9 +2,10 @@
 
 Invariants:
 
-- A checkpoint is written beside its place, closed by a manifest of its files and their sizes, flushed, and renamed.
-  A folder without a manifest that agrees with it is not a checkpoint.
+- A checkpoint is written beside its place, closed by a manifest of its files, their sizes and digests, flushed, and
+  renamed. A folder without a manifest that agrees with it is not a checkpoint.
 - Old checkpoints go only after a newer one is in place, so at every moment one can be resumed from.
+- What is being written or removed has a name that starts with a dot, and is cleared away by the next checkpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import xxhash
 
 from launch.errors import CheckpointError
 
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_CHUNK_BYTES = 16 << 20
 
 
 class CheckpointStore:
@@ -41,15 +46,17 @@ class CheckpointStore:
         """
         place = self._folder / f"{_PREFIX}{step:08d}"
         beside = self._folder / f".{place.name}.part"
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in self._folder.glob(f".{_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             beside.mkdir(parents=True)
             yield beside
             _seal(beside, step)
-            if place.exists():
-                shutil.rmtree(place)
+            replaced = _set_aside(place) if place.exists() else None
             os.replace(beside, place)
             _flush(self._folder)
+            if replaced is not None:
+                shutil.rmtree(replaced)
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._folder}: {error}; the ones before it "
@@ -58,7 +65,7 @@ class CheckpointStore:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         for old in self._complete()[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(_set_aside(old))
 
     def latest(self) -> Path:
         """The newest whole checkpoint.
@@ -66,29 +73,54 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none.
         """
-        complete = self._complete()
-        if not complete:
-            raise CheckpointError(f"{self._folder} holds no whole checkpoint to resume from; start the run anew")
-        return complete[-1]
+        for folder in reversed(self._complete()):
+            if damaged := _damaged(folder):
+                logger.warning("%s is not a whole checkpoint and is passed over: %s", folder, damaged)
+            else:
+                return folder
+        raise CheckpointError(f"{self._folder} holds no whole checkpoint to resume from; start the run anew")
 
     def _complete(self) -> list[Path]:
-        """Whole checkpoints, oldest first; others are named in the log."""
+        """Checkpoints with all their files, oldest first; others are named in the log."""
         found = []
         for folder in sorted(self._folder.glob(f"{_PREFIX}*")):
-            if problem := _problem(folder):
+            if problem := _incomplete(folder):
                 logger.warning("%s is not a whole checkpoint and is passed over: %s", folder, problem)
             else:
                 found.append(folder)
         return found
 
 
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that is to be removed: half removed, it must not look like one."""
+    return folder.rename(folder.with_name(f".{folder.name}.old"))
+
+
 def _seal(folder: Path, step: int) -> None:
     """Write the manifest last, and everything to disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=1))
-    for path in (*files, folder / MANIFEST):
+    inside = sorted(folder.rglob("*"))
+    files = [path for path in inside if path.is_file()]
+    facts = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": digest}
+        for path, digest in zip(files, _digests(files), strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": facts}, indent=1))
+    for path in (*inside, folder / MANIFEST, folder):
         _flush(path)
+
+
+def _digests(files: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return list(threads.map(_digest, files))
+
+
+def _digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    digest: str = state.hexdigest()
+    return digest
 
 
 def _flush(path: Path) -> None:
@@ -99,14 +131,27 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _problem(folder: Path) -> str:
-    """What keeps a folder from being a whole checkpoint; empty if nothing does."""
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return {name: (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
+
+
+def _incomplete(folder: Path) -> str:
+    """What a checkpoint lacks; empty if nothing. Reads no content, so it is quick at any size."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = _manifest(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
-    for name, size in sizes.items():
+    for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or of another size"
     return ""
+
+
+def _damaged(folder: Path) -> str:
+    """Which file of a complete checkpoint has another content than was written; empty if none."""
+    files = _manifest(folder)
+    found = _digests([folder / name for name in files])
+    changed = [name for (name, (_, digest)), now in zip(files.items(), found, strict=True) if digest != now]
+    return f"{', '.join(changed)} has another content than was written" if changed else ""

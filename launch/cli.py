@@ -6,11 +6,14 @@ cluster is not as it must be; 130 and 143 a run was stopped by Ctrl-C or SIGTERM
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cluster.errors import ClusterError, PlacementFailed, SessionError
 from data.errors import DataError
@@ -28,6 +31,9 @@ ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML.", show_default
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to it, such as policy.optimizer.learning_rate=1e-5.")
 ]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Where something is wrong, show the Python traceback as well.")
+]
 
 
 @app.command()
@@ -35,15 +41,17 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Carry out the run that CONFIG describes."""
-    run_config = load(config, overrides or [])
-    # Here, because it loads torch: a mistake in the configuration is told at once.
-    from launch.run import run
+    with _told_plainly(traceback):
+        run_config = load(config, overrides or [])
+        # Here, because it loads torch: a mistake in the configuration is told at once.
+        from launch.run import run
 
-    console = Console(highlight=False)
-    stop = StopRequest()
-    result = run(run_config, resume=resume, stop=stop)
+        stop = StopRequest()
+        result = run(run_config, resume=resume, stop=stop)
+    console = Console(highlight=False, markup=False)
     if stop.signal is not None and result.stopped:
         console.print(
             f"stopped by {stop.signal.name} after step {result.steps}; a checkpoint is in {result.folder}; "
@@ -55,28 +63,36 @@ def train(
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
+def check(config: ConfigPath, overrides: Overrides = None, traceback: Traceback = False) -> None:
     """Say whether CONFIG can run: its rules, models, data and places. Takes no accelerator."""
-    run_config = load(config, overrides or [])
-    from launch.check import check as check_run
+    with _told_plainly(traceback):
+        run_config = load(config, overrides or [])
+        from launch.check import check as check_run
 
-    report = check_run(run_config)
+        report = check_run(run_config)
     Console(highlight=False).print(report)
     raise typer.Exit(0 if report.ok else 2)
 
 
 def main() -> None:
     """The console script."""
+    app()
+
+
+@contextmanager
+def _told_plainly(traceback: bool) -> Iterator[None]:
+    """End the process with the message alone of an error that is written for the user. Others keep their traceback."""
     try:
-        app()
-    except (LaunchError, DataError) as error:
-        _fail(error, getattr(error, "exit_code", 2))
-    except (SessionError, PlacementFailed) as error:
-        _fail(error, 2)
-    except ClusterError as error:
-        _fail(error, 1)
+        yield
+    except (LaunchError, DataError, ClusterError) as error:
+        if traceback:
+            raise
+        message = Text.assemble(("error", "bold red"), f": {error}")  # not markup: messages hold brackets
+        Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+        raise typer.Exit(_exit_code(error)) from error
 
 
-def _fail(error: Exception, code: int) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]error[/]: {error}", markup=True, soft_wrap=True)
-    raise SystemExit(code)
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, LaunchError):
+        return error.exit_code
+    return 2 if isinstance(error, DataError | SessionError | PlacementFailed) else 1

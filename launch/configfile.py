@@ -146,10 +146,10 @@ def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Probl
 def _missing(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
     info = info_at(kind, path)
     purpose = (info.description or "").rstrip(".") if info else ""
-    if len(path) > 1:
-        return Problem(tree.where(path), "is missing", purpose)
     model = model_of(info.annotation) if info else None
     least = ", ".join(dotted((*path, *key)) for key in required(model)) if model else ""
+    if len(path) > 1:
+        return Problem(tree.where(path), "is missing", f"{purpose}: at least {least}" if least else purpose)
     what = f"the section is missing, and {_algorithm(tree)} needs it ({purpose[:1].lower()}{purpose[1:]})"
     return Problem(tree.where(path), what, f"add it with at least {least}" if least else "add it")
 
@@ -171,5 +171,5 @@ def _wrong_value(kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) ->
         owner = model_at(kind, path)
         keys = f"keys below it: {', '.join(owner.model_fields)}" if owner else "keys below it"
         return f"{value!r} is not a section", keys
-    right = message.removeprefix("Input ").removeprefix("String ")
+    right = message.removeprefix("Input ").removeprefix("String ").partition(", unable to")[0]
     return f"{value!r} is not right", f"it {right[:1].lower()}{right[1:]}"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -38,6 +38,9 @@ class MetricsWriter:
             _keep_until(self._path, resume_after)
         self._file = self._path.open("a")
         self._events = EventFileWriter(str(folder / EVENTS_FOLDER))
+        if resume_after:  # TensorBoard forgets what earlier event files say of these steps
+            log = SessionLog(status=SessionLog.SessionStatus.START)
+            self._events.add_event(Event(step=resume_after + 1, session_log=log))
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launch.config import PPORunConfig, SupervisedRunConfig
+from launch.fields import model_of
 
 INTRODUCTION = """\
 # Configuration
@@ -54,7 +55,7 @@ def page() -> str:
 
 def _sections(key: str, field: FieldInfo, seen: set[type[BaseModel]]) -> Iterator[str]:
     """The section of a block and of every block inside it, each model once."""
-    model = _model_in(field.annotation)
+    model = model_of(field.annotation)
     if model is None or model in seen:
         return
     seen.add(model)
@@ -91,13 +92,6 @@ def _default(field: FieldInfo) -> str:
     if isinstance(default, tuple):
         return f"`{list(default)}`"
     return f"`{default}`"
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The configuration model in an annotation, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for argument in get_args(annotation) if (model := _model_in(argument))), None)
 
 
 def _type(annotation: Any) -> str:

@@ -235,7 +235,7 @@ def ppo_colocation(
                     f"{name}.colocate",
                     f"group {group!r} is shared rank by rank, but {name} has {_in_words(roles[name])} and "
                     f"{first} has {_in_words(roles[first])}",
-                    "give them the same num_nodes, ranks_per_node and strategy",
+                    "give them as many ranks and the same strategy",
                 )
         total = sum(roles[name].gpus_per_rank for name in names)
         if total > 1 + 1e-9 and len([name for name in names if roles[name].gpus_per_rank]) > 1:
@@ -247,12 +247,12 @@ def ppo_colocation(
             )
 
 
-def _shape(role: PlacementConfig) -> tuple[int, int, str]:
-    return role.num_nodes, role.ranks_per_node, role.strategy
+def _shape(role: PlacementConfig) -> tuple[int, str]:
+    return role.num_ranks, role.strategy
 
 
 def _in_words(role: PlacementConfig) -> str:
-    return f"{role.num_nodes} x {role.ranks_per_node} ranks, {role.strategy}"
+    return f"{role.num_ranks} rank{'s' if role.num_ranks > 1 else ''} laid out {role.strategy}"
 
 
 PPO_RULES: tuple[Rule, ...] = (

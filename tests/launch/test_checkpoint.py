@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_full_disk_says_so_and_leaves_the_old_one(tmp_path: Path) -> None:
     assert store.latest().name == "step-00000001"
 
 
-@pytest.mark.parametrize("harm", ["cut", "remove", "no manifest"])
+@pytest.mark.parametrize("harm", ["cut", "change", "remove", "no manifest", "cut manifest"])
 def test_incomplete_ones_are_passed_over_and_named(
     tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,12 +59,42 @@ def test_incomplete_ones_are_passed_over_and_named(
     model = tmp_path / "step-00000002" / "policy" / "model.pt"
     if harm == "cut":
         model.write_text("wei")
+    elif harm == "change":
+        model.write_text("weighty")  # as long as before
     elif harm == "remove":
         model.unlink()
+    elif harm == "cut manifest":
+        (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2, "files": {"policy/mo')
     else:
         (tmp_path / "step-00000002" / "manifest.json").unlink()
     assert store.latest().name == "step-00000001"
     assert "step-00000002 is not a whole checkpoint" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("this root cannot mount")
+    try:
+        store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+        write(store, 1)
+        with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
+            write(store, 2, "x" * (2 << 20))
+        assert names(tmp_path / "checkpoints") == ["step-00000001"]
+        assert (store.latest() / "policy" / "model.pt").read_text() == "weights"
+        write(store, 2)
+        assert store.latest().name == "step-00000002"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for left in (".step-00000001.part", ".step-00000000.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "part").write_text("half")
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 2)
+    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_a_broken_newer_one_does_not_push_out_the_last_whole_one(tmp_path: Path) -> None:

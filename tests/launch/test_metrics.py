@@ -44,3 +44,5 @@ def test_resume_drops_what_will_be_written_again_and_a_cut_line(tmp_path: Path) 
     with MetricsWriter(tmp_path, resume_after=2) as writer:
         writer.write(3, {"a": 30.0})
     assert rows(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 3, "a": 30.0}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
