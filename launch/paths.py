@@ -26,9 +26,9 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get(HOME_VARIABLE) or ".").expanduser().absolute()
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str, environment: Mapping[str, str] = os.environ) -> Path:
     """An absolute path: ``~`` is the user's home, a relative path starts at ``home()``."""
-    return Path(os.path.normpath(home() / Path(path).expanduser()))
+    return Path(os.path.normpath(home(environment) / Path(path).expanduser()))
 
 
 def is_url(path: str) -> bool:
@@ -76,7 +76,7 @@ def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:
             f"with the job, and the run's checkpoints with it; set run.root to an absolute path (or one that starts "
             f"with ~), or set {HOME_VARIABLE} in the job's env_vars"
         )
-    return resolve(root)
+    return resolve(root, environment)
 
 
 def _has_uploaded_working_dir(environment: Mapping[str, str]) -> bool:

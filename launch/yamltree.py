@@ -17,6 +17,7 @@ from launch.fields import Path, dotted
 #: YAML 1.1 wants a point in a float; people write 1e-5.
 _EXPONENT = re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
 _FLOAT_TAG = "tag:yaml.org,2002:float"
+_MAPPING_TAG, _SEQUENCE_TAG = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
 
 
 def _loader(text: str) -> yaml.SafeLoader:
@@ -105,6 +106,7 @@ class YamlTree:
                 else:
                     if holder.get(part) is None:
                         holder[part] = {}
+                        self._origins[tuple(path)] = f"override {text}"
                     holder = holder[part]
             elif isinstance(holder, list):
                 if not part.isdigit() or int(part) > len(holder) or (int(part) == len(holder) and not last):
@@ -141,10 +143,10 @@ class YamlTree:
         return values
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> object:
-        if isinstance(node, yaml.SequenceNode):
+        if node.tag == _SEQUENCE_TAG:
             return [self._build(loader, item, self._note((*path, i), item)) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node)
+        if node.tag != _MAPPING_TAG:
+            return loader.construct_object(node, deep=True)
         seen: dict[str, int] = {}
         for key, _ in node.value:  # before merging, which would make an overridden key look doubled
             line = key.start_mark.line + 1

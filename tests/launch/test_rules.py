@@ -1,0 +1,143 @@
+"""Each rule between keys of a configuration: what breaks it is named, what keeps it passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.configfile import load
+from launch.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+#: PPO with every role on GPUs of its own.
+ON_GPUS = tuple(f"{role}.gpus_per_rank=1" for role in ("policy", "critic", "reference", "reward", "rollout"))
+
+
+def refused(name: str, *overrides: str) -> list[tuple[str, str]]:
+    """(key, the rest of the problem) of everything that is wrong; empty if nothing is."""
+    try:
+        load(EXAMPLES / f"{name}.yaml", overrides)
+    except ConfigError as error:
+        return [(problem.where.partition(" ")[0], f"{problem.what}; {problem.right}") for problem in error.problems]
+    return []
+
+
+def test_groups_and_minibatches_divide() -> None:
+    assert refused("ppo", "rollout.sampling.samples_per_prompt=3", "online.scoring_batch_size=2") == [
+        ("online.batch_size", "256 is not a multiple of rollout.sampling.samples_per_prompt = 3; 255 or 258 would be"),
+        ("online.scoring_batch_size", "2 is not a multiple of rollout.sampling.samples_per_prompt = 3; 3 would be"),
+    ]
+    assert refused("ppo", "rollout.sampling.samples_per_prompt=4") == []
+
+
+def test_ppo_has_an_end() -> None:
+    [(where, what)] = refused("ppo", "run.num_iterations=null")
+    assert where == "run.num_iterations"
+    assert "PPO has no end of its own" in what
+    [(where, what)] = refused("ppo", "run.num_iterations=3")
+    assert where == "algorithm.critic_warmup_iterations"
+    assert "3 leaves the policy none of run.num_iterations = 3" in what
+
+
+def test_an_adaptive_coefficient_starts_above_zero() -> None:
+    assert [where for where, _ in refused("ppo", "algorithm.kl={coefficient: 0, target: 6}")] == [
+        "algorithm.kl.coefficient"
+    ]
+    assert refused("ppo", "algorithm.kl={coefficient: 0}") == []
+
+
+def test_the_longest_sample_fits() -> None:
+    assert refused("ppo", "rollout.max_model_tokens=25", "critic.max_tokens_per_pack=20") == [
+        (
+            "rollout.max_model_tokens",
+            "25 is less than the longest sample, data.max_tokens 16 + rollout.sampling.max_response_tokens 10 = 26 "
+            "tokens; at least 26, or a smaller part",
+        ),
+        (
+            "critic.max_tokens_per_pack",
+            "20 is less than the longest sample, data.max_tokens 16 + rollout.sampling.max_response_tokens 10 = 26 "
+            "tokens; at least 26",
+        ),
+    ]
+    assert refused("ppo", "rollout.max_model_tokens=26", "critic.max_tokens_per_pack=26") == []
+
+
+def test_a_comparison_is_two_sequences() -> None:
+    assert refused("sft", "learner.max_tokens_per_pack=32") == []
+    [(where, what)] = refused("reward", "learner.max_tokens_per_pack=63")
+    assert where == "learner.max_tokens_per_pack"
+    assert what.endswith("= 64 tokens; at least 64")
+    assert refused("reward", "learner.max_tokens_per_pack=64") == []
+
+
+def test_evaluation_needs_data_and_patience_needs_evaluation() -> None:
+    changes = ("data.heldout=[]", "algorithm.early_stopping_patience=2")
+    assert [where for where, _ in refused("sft", *changes)] == ["algorithm.evaluate_every"]
+    changes = ("algorithm.evaluate_every=null", "algorithm.early_stopping_patience=2")
+    assert [where for where, _ in refused("sft", *changes)] == ["algorithm.early_stopping_patience"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        (("policy.model.attention=flash_attention_2",), "policy.model.attention"),
+        (("reward.model.attention=flash_attention_2", "reward.gpus_per_rank=1"), "reward.model.attention"),
+        (("policy.zero.offload_optimizer=true",), "policy.zero.offload_optimizer"),
+        (("critic.gpus_per_rank=2",), "critic.gpus_per_rank"),
+        (("rollout.tensor_parallel_size=2",), "rollout.tensor_parallel_size"),
+        (("rollout.tensor_parallel_size=2", "rollout.gpus_per_rank=1"), "rollout.gpus_per_rank"),
+        (("rollout.gpus_per_rank=2",), "rollout.gpus_per_rank"),
+        (("rollout.gpus_per_rank=0.5", "rollout.kv_cache_bytes=null"), "rollout.gpu_memory_fraction"),
+        (("rollout.weight_transfer=nccl",), "rollout.weight_transfer"),
+        (("rollout.weight_transfer=nccl", "rollout.gpus_per_rank=1"), "rollout.weight_transfer"),
+        ((*ON_GPUS, "rollout.weight_transfer=ipc"), "rollout.weight_transfer"),
+        ((*ON_GPUS, "rollout.weight_transfer=shared_memory"), "rollout.weight_transfer"),
+        # A resource that only stands for a GPU gives no GPU.
+        ((*ON_GPUS, "rollout.weight_transfer=nccl", "cluster.accelerator_resource=slot"), "rollout.weight_transfer"),
+    ],
+)
+def test_what_needs_a_gpu_has_one(changes: tuple[str, ...], where: str) -> None:
+    assert [found for found, _ in refused("ppo", *changes)] == [where]
+
+
+def test_gpu_settings_that_fit_pass() -> None:
+    assert refused("ppo", *ON_GPUS, "policy.zero.offload_optimizer=true", "rollout.weight_transfer=nccl") == []
+    tensor_parallel = ("rollout.tensor_parallel_size=2", "rollout.gpus_per_rank=2")
+    attention = ("policy.model={path: m, attention: flash_attention_2}",)
+    assert refused("ppo", *ON_GPUS, *tensor_parallel, *attention) == []
+
+
+def shared(**fractions: float) -> list[str]:
+    """Overrides that colocate roles, each with a fraction of the GPU and two ranks."""
+    return [
+        change
+        for role, fraction in fractions.items()
+        for change in (f"{role}.gpus_per_rank={fraction}", f"{role}.colocate=pair", f"{role}.ranks_per_node=2")
+    ]
+
+
+def test_colocated_roles_share_one_accelerator_rank_by_rank() -> None:
+    assert refused("ppo", *shared(policy=0.6, critic=0.4)) == []
+    [(where, what)] = refused("ppo", *shared(policy=0.6, critic=0.6))
+    assert where == "policy.gpus_per_rank"
+    assert "policy 0.6 + critic 0.6 = 1.2" in what
+    [(where, what)] = refused("ppo", *shared(policy=0.5, critic=0.5), "critic.ranks_per_node=1")
+    assert where == "critic.colocate"
+    assert "critic has 1 rank laid out PACK and policy has 2 ranks laid out PACK" in what
+
+
+def test_a_group_of_one_is_a_slip_of_the_pen() -> None:
+    changes = [*shared(policy=0.5, critic=0.5), "reference.colocate=piar"]
+    [(where, what)] = refused("ppo", *changes)
+    assert where == "reference.colocate"
+    assert what.startswith("reference is alone in group 'piar'; ")
+    assert "(groups here: piar, pair)" in what
+
+
+def test_weights_between_processes_on_one_gpu_go_by_ipc() -> None:
+    both = [*shared(policy=0.5, rollout=0.5), "rollout.gpu_memory_fraction=0.4"]
+    assert refused("ppo", *both, "rollout.weight_transfer=ipc") == []
+    [(where, what)] = refused("ppo", *both, "rollout.weight_transfer=nccl")
+    assert where == "rollout.weight_transfer"
+    assert what.endswith("; ipc")
