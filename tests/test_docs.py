@@ -1,0 +1,75 @@
+"""What the documents say holds: links lead somewhere, commands and configurations work, generated pages are current."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.configfile import load
+from launch.reference import page
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(path for folder in (".", "docs", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+SHIPPED = [ROOT / "ray_config.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_parses(path: Path) -> None:
+    assert load(path).run.name
+    assert len(SHIPPED) == 5
+
+
+def test_the_reference_of_the_configuration_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == page(), "run `make docs`"
+
+
+def test_every_command_of_the_documents_is_known() -> None:
+    """`make` targets exist, `troupe` subcommands too, and what `python -m` names can be found."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for document in DOCUMENTS:
+        commands = "\n".join([*blocks(document, "bash"), *blocks(document, "")])
+        for target in re.findall(r"^make ([a-z-]+)", commands, flags=re.MULTILINE):
+            assert target in targets, f"{document.name}: make {target}"
+        for word in re.findall(r"^troupe ([a-z-]+)", commands, flags=re.MULTILINE):
+            assert word in ("train", "check"), f"{document.name}: troupe {word}"
+        for module in re.findall(r"python -m ([\w.]+)", commands):
+            path = ROOT / module.replace(".", "/")
+            assert path.is_dir() or path.with_suffix(".py").exists(), f"{document.name}: python -m {module}"
+
+
+def test_the_first_run_of_the_readme(
+    troupe: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    """The README's own commands, word by word, on the test's small models and data."""
+    (block,) = [text for text in blocks(ROOT / "README.md", "bash") if "troupe train" in text]
+    commands = [line.split("#")[0].split() for line in block.splitlines() if line.startswith("troupe")]
+    assert [words[1] for words in commands] == ["check", "train", "train"]
+    (home / "runs" / "demo-pretrain").symlink_to(home / "runs" / "demo-sft")
+    for words in commands:
+        done = troupe(*words[1:])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (home / "runs" / "my-ppo" / "model" / "config.json").exists()
+
+
+def test_make_files_and_yaml_are_well_formed() -> None:
+    yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    done = subprocess.run(("make", "-n", "-C", str(ROOT), "test"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sys.version_info >= (3, 11)
