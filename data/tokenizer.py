@@ -36,6 +36,8 @@ class Tokenizer(Protocol):
 
     def get_chat_template(self) -> str: ...
 
+    def get_vocab(self) -> dict[str, int]: ...
+
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load the tokenizer of a folder in Hugging Face form, or of a name on the hub.

@@ -9,12 +9,15 @@ each data source the first ``ROWS_READ`` rows are read and tokenised as the run 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -28,11 +31,12 @@ from data.config import DataConfig
 from data.dataset import Dataset
 from data.errors import DataError
 from data.formats import Kind
-from data.tokenizer import load_tokenizer, require_eos
+from data.tokenizer import Tokenizer, load_tokenizer, require_eos
 from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
-from launch.errors import Problem
+from launch.errors import Problem, RunDirError
 from launch.paths import resolve_data, resolve_model
 from launch.roles import cpus_wanted
+from launch.rundir import RunDir
 
 ROWS_READ = 1000
 
@@ -53,32 +57,39 @@ class CheckReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = Table.grid(padding=(0, 2))
         for what, fact in self.facts:
-            facts.add_row(what, fact)
+            facts.add_row(what, Text(fact))  # not markup: paths and messages hold brackets
         yield facts
         places = Table("role", "nodes x ranks", "accelerators a rank", "CPUs a rank", "placement group", "layout")
         for place in self.places:
             places.add_row(*place)
         yield places
         for problem in self.problems:
-            yield f"[bold red]problem[/] {problem}"
+            yield Text.assemble(("problem", "bold red"), f" {problem}")
         yield "[bold green]can run[/]" if self.ok else f"[bold red]cannot run[/]: {len(self.problems)} problem(s)"
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A model that a role needs: where its configuration stands, whether it scores, and the longest sequence."""
+    """A model that a role needs: where its configuration stands, what it must be, and the longest sequence.
+
+    ``new scorer`` may also start from a language model, whose head is replaced. ``same_tokens`` is for a role that
+    reads the policy's tokens as they are.
+    """
 
     where: str
     model: ModelConfig
-    scores: bool
+    kind: Literal["language model", "scorer", "new scorer"]
     max_tokens: int
+    same_tokens: bool = False
 
 
 def check(config: RunConfig) -> CheckReport:
     """Look at everything that a run would need."""
     report = CheckReport()
+    report.problems += _check_folder(config, report)
+    tokenizers: dict[str, Tokenizer] = {}
     for wanted in _models(config):
-        report.problems += _check_model(wanted, report)
+        report.problems += _check_model(wanted, report, tokenizers)
     report.problems += _check_data(config, report)
     report.problems += _check_places(config.placements(), config.cluster, cpus_wanted(config), report)
     return report
@@ -87,22 +98,36 @@ def check(config: RunConfig) -> CheckReport:
 def _models(config: RunConfig) -> Iterator[_Wanted]:
     match config:
         case SupervisedRunConfig():
-            # A reward model may start from a language model: its head is replaced.
-            yield _Wanted("learner.model", config.learner.model, False, config.data.max_tokens)
+            kind: Literal["language model", "new scorer"] = "language model"
+            if config.algorithm.name == "reward_model":
+                kind = "new scorer"
+            yield _Wanted("learner.model", config.learner.model, kind, config.data.max_tokens)
         case PPORunConfig():
             longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
-            yield _Wanted("policy.model", config.policy.model, False, longest)
-            yield _Wanted("critic.model", config.critic.model, True, longest)
-            yield _Wanted("reference.model", config.reference.model, False, longest)
-            yield _Wanted("reward.model", config.reward.model, True, longest)
+            engine = max(longest, config.rollout.max_model_tokens or 0)
+            yield _Wanted("policy.model", config.policy.model, "language model", engine)
+            yield _Wanted("critic.model", config.critic.model, "new scorer", longest, same_tokens=True)
+            yield _Wanted("reference.model", config.reference.model, "language model", longest, same_tokens=True)
+            yield _Wanted("reward.model", config.reward.model, "scorer", longest)
 
 
-def _check_model(wanted: _Wanted, report: CheckReport) -> Iterator[Problem]:
+def _check_folder(config: RunConfig, report: CheckReport) -> Iterator[Problem]:
+    try:
+        run_dir = RunDir.of(config)
+    except RunDirError as error:
+        yield Problem("run.root", str(error))
+        return
+    state = ", begun already: --resume goes on with it" if run_dir.config.exists() else ""
+    report.facts.append(("run", f"{run_dir.path}{state}"))
+
+
+def _check_model(wanted: _Wanted, report: CheckReport, tokenizers: dict[str, Tokenizer]) -> Iterator[Problem]:
     model = resolve_model(wanted.model)
     try:
         found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        absent = Path(model.path).is_absolute() and not Path(model.path).exists()
+        reason = "no such folder" if absent else str(error).strip().splitlines()[0]
         yield Problem(
             f"{wanted.where}.path",
             f"no model can be read from {model.path}: {reason}",
@@ -118,6 +143,12 @@ def _check_model(wanted: _Wanted, report: CheckReport) -> Iterator[Problem]:
         require_eos(tokenizer, f"{wanted.where} ends sequences with it")
     except DataError as error:
         yield Problem(f"{wanted.where}.tokenizer", str(error))
+        return
+    tokenizers[wanted.where] = tokenizer
+    policy = tokenizers.get("policy.model")
+    if wanted.same_tokens and policy is not None and tokenizer.get_vocab() != policy.get_vocab():
+        right = "a model of the policy's family"
+        yield Problem(wanted.where, "its tokenizer is not the policy's, whose tokens it is given", right)
 
 
 def _check_limits(wanted: _Wanted, found: PreTrainedConfig) -> Iterator[Problem]:
@@ -126,10 +157,16 @@ def _check_limits(wanted: _Wanted, found: PreTrainedConfig) -> Iterator[Problem]
         yield Problem(
             wanted.where,
             f"sequences of {wanted.max_tokens} tokens are longer than the model's context of {context}",
-            "lower data.max_tokens or rollout.sampling.max_response_tokens",
+            "lower data.max_tokens, rollout.sampling.max_response_tokens or rollout.max_model_tokens",
         )
-    scorer = (found.architectures or [""])[0].endswith("Classification")
-    if wanted.scores and scorer and found.num_labels != 1:
+    architecture = (found.architectures or ["unknown"])[0]
+    scores = architecture.endswith("Classification")
+    if wanted.kind == "language model" and scores:
+        yield Problem(wanted.where, f"{architecture} is no language model", "a causal language model")
+    elif wanted.kind == "scorer" and (not scores or wanted.model.from_scratch):
+        right = "a trained model with one label, such as a reward_model run makes"
+        yield Problem(wanted.where, f"{architecture} has no trained head: every reward would be 0", right)
+    elif wanted.kind != "language model" and scores and found.num_labels != 1:
         yield Problem(
             wanted.where, f"the model has {found.num_labels} labels", "a model with one label, which is the score"
         )
@@ -143,6 +180,10 @@ def _check_weights(wanted: _Wanted, model: ModelConfig) -> Iterator[Problem]:
     if not files and not list(folder.glob("*.bin")):
         right = "weights, or `from_scratch: true` to draw random ones"
         yield Problem(wanted.where, f"{folder} holds no weights", right)
+    for index in folder.glob("*.index.json"):
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            yield Problem(wanted.where, f"{folder} lacks {', '.join(missing)}", f"all {len(shards)} files of the model")
     for file in files:
         try:
             with safe_open(file, framework="np") as opened:

@@ -28,6 +28,15 @@ class RunDir:
     path: Path
 
     @classmethod
+    def of(cls, config: RunConfig) -> RunDir:
+        """Where a run's folder is, or will be.
+
+        Raises:
+            RunDirError: it would be deleted with the submitted job.
+        """
+        return cls(runs_root(config.run.root) / config.run.name)
+
+    @classmethod
     def open(cls, config: RunConfig, *, resume: bool) -> RunDir:
         """Begin the folder of a run, or open the one to go on with.
 
@@ -35,7 +44,7 @@ class RunDir:
             RunDirError: there is one already and ``resume`` is not asked for; there is none to resume; or it cannot
                 be written.
         """
-        run_dir = cls(runs_root(config.run.root) / config.run.name)
+        run_dir = cls.of(config)
         begun = run_dir.config.exists()
         if begun and not resume:
             raise RunDirError(

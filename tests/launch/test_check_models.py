@@ -1,0 +1,133 @@
+"""What ``troupe check`` knows of models without loading their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.check import CheckReport, _check_folder, _check_model, _models
+from launch.configfile import load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TROUPE_HOME", str(home))
+    return home / "runs"
+
+
+def copied(runs: Path, of: str, **changes: object) -> Path:
+    """A copy of one of the small models, with changes to its config.json."""
+    folder = runs / "changed"
+    shutil.copytree(runs / of / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def found(name: str, *overrides: str) -> list[str]:
+    """What is wrong with the models of a shipped run."""
+    report, tokenizers = CheckReport(), {}
+    config = load(ROOT / name, overrides)
+    return [str(problem) for wanted in _models(config) for problem in _check_model(wanted, report, tokenizers)]
+
+
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize("name", ["ray_config.yaml", "examples/ppo.yaml", "examples/reward.yaml"])
+def test_the_small_models_will_do(name: str) -> None:
+    assert found(name) == []
+
+
+@pytest.mark.usefixtures("runs")
+def test_each_role_gets_the_kind_of_model_that_it_needs() -> None:
+    score, language = "runs/demo-reward/model", "runs/demo-sft/model"
+    [policy] = found("ray_config.yaml", f"policy.model.path={score}")
+    assert policy == (
+        "policy.model: LlamaForSequenceClassification is no language model; a causal language model"
+    )
+    [reward] = found("ray_config.yaml", f"reward.model.path={language}")
+    assert reward.startswith("reward.model: LlamaForCausalLM has no trained head: every reward would be 0; ")
+    assert found("ray_config.yaml", f"critic.model.path={language}") == []  # its head begins at 0
+    assert len(found("ray_config.yaml", "reward.model.from_scratch=true")) == 1
+
+
+def test_a_scorer_with_two_labels(runs: Path) -> None:
+    two = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    copied(runs, "demo-reward", **two)
+    for role in ("critic", "reward"):
+        [problem] = found("ray_config.yaml", f"{role}.model.path=runs/changed")
+        assert problem == f"{role}.model: the model has 2 labels; a model with one label, which is the score"
+    assert "2 labels" in found("examples/reward.yaml", "learner.model.path=runs/changed")[0]
+
+
+def test_a_context_that_is_too_short(runs: Path) -> None:
+    copied(runs, "demo-sft", max_position_embeddings=25)
+    [policy] = found("ray_config.yaml", "policy.model.path=runs/changed", "rollout.max_model_tokens=null")
+    assert policy.startswith("policy.model: sequences of 26 tokens are longer than the model's context of 25; ")
+    [engine] = found("ray_config.yaml", "rollout.max_model_tokens=4096")
+    assert engine.startswith("policy.model: sequences of 4096 tokens are longer")
+
+
+def test_a_reference_that_reads_other_tokens(runs: Path) -> None:
+    folder = copied(runs, "demo-sft")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    [problem] = found("ray_config.yaml", "reference.model.path=runs/changed")
+    assert problem.startswith("reference.model: its tokenizer is not the policy's, whose tokens it is given; ")
+    assert found("ray_config.yaml", "reward.model.tokenizer=runs/changed") == []  # it encodes the text anew
+
+
+def test_a_tokenizer_without_eos(runs: Path) -> None:
+    folder = copied(runs, "demo-sft")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text())
+            settings.pop("eos_token", None)
+            (folder / name).write_text(json.dumps(settings))
+    [problem] = found("ray_config.yaml", "reference.model.path=runs/changed")
+    assert problem.startswith("reference.model.tokenizer: ")
+    assert "EOS" in problem
+
+
+def test_weights_that_are_not_there(runs: Path) -> None:
+    folder = copied(runs, "demo-sft")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}})
+    )
+    [problem] = found("ray_config.yaml", "policy.model.path=runs/changed")
+    assert problem.endswith("changed lacks model-00002-of-00002.safetensors; all 2 files of the model")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").unlink()
+    [problem] = found("ray_config.yaml", "policy.model.path=runs/changed")
+    assert "holds no weights; weights, or `from_scratch: true`" in problem
+    assert found("ray_config.yaml", "policy.model={path: runs/changed, from_scratch: true}") == []
+
+
+def test_a_model_that_is_not_there(runs: Path) -> None:
+    [problem] = found("ray_config.yaml", "critic.model.path=runs/made/nowhere")
+    assert problem.startswith(f"critic.model.path: no model can be read from {runs}/made/nowhere: no such folder; ")
+
+
+def test_a_config_that_is_no_config(runs: Path) -> None:
+    (copied(runs, "demo-sft") / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    [problem] = found("ray_config.yaml", "policy.model.path=runs/changed")
+    assert problem.startswith("policy.model.path: no model can be read from ")
+    assert "no_such_architecture" in problem
+
+
+def test_a_run_that_was_begun_is_told_of(runs: Path) -> None:
+    report = CheckReport()
+    config = load(ROOT / "ray_config.yaml")
+    assert list(_check_folder(config, report)) == []
+    assert report.facts == [("run", str(runs / "ppo"))]
+    (runs / "ppo").mkdir()
+    (runs / "ppo" / "config.yaml").touch()
+    assert list(_check_folder(config, report)) == []
+    assert report.facts[-1] == ("run", f"{runs / 'ppo'}, begun already: --resume goes on with it")
