@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -17,7 +16,7 @@ from launch.config import BaseRunConfig, PPORunConfig, RunConfig, SupervisedRunC
 from launch.errors import ConfigError, Problem, RuleViolations
 from launch.fields import Path, dotted, info_at, leaves, model_at, model_of, required
 from launch.rules import violations
-from launch.yamltree import YamlTree
+from launch.yamltree import YamlTree, to_yaml
 
 ALGORITHMS: Mapping[str, type[PPORunConfig] | type[SupervisedRunConfig]] = {
     "ppo": PPORunConfig,
@@ -55,8 +54,7 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """``config`` as YAML, every default written out; ``load`` of it gives ``config`` back."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def _kind(tree: YamlTree) -> tuple[type[PPORunConfig] | type[SupervisedRunConfig], list[Problem]]:
@@ -167,6 +165,12 @@ def _wrong_value(kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) ->
         return f"{value!r} is none of {', '.join(options)}", f"did you mean {close[0]!r}?" if close else ""
     if detail["type"] == "string_type":
         return f"{value!r} is not text", "put it in quotes" if isinstance(value, int | float) else "text"
+    if detail["type"] in ("too_short", "too_long"):
+        limits = detail["ctx"]
+        right = f"at least {limits['min_length']}" if "min_length" in limits else f"at most {limits['max_length']}"
+        return f"has {limits['actual_length']} items", right
+    if detail["type"] == "tuple_type":
+        return f"{value!r} is not a list", "e.g. [a, b]"
     if detail["type"] == "model_type":
         owner = model_at(kind, path)
         keys = f"keys below it: {', '.join(owner.model_fields)}" if owner else "keys below it"

@@ -69,12 +69,13 @@ def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:
         RunDirError: it would lie in the working directory that Ray unpacked for a submitted job. Ray deletes that
             folder after the job, and the run with it.
     """
-    relative = not Path(root).expanduser().is_absolute()
-    if relative and not environment.get(HOME_VARIABLE) and _has_uploaded_working_dir(environment):
+    places = (root, environment.get(HOME_VARIABLE) or ".")
+    relative = not any(Path(place).expanduser().is_absolute() for place in places)
+    if relative and _has_uploaded_working_dir(environment):
         raise RunDirError(
             f"run.root is {root!r}, a relative path, and this is a submitted job: its working directory is deleted "
             f"with the job, and the run's checkpoints with it; set run.root to an absolute path (or one that starts "
-            f"with ~), or set {HOME_VARIABLE} in the job's env_vars"
+            f"with ~), or set {HOME_VARIABLE} to one in the job's env_vars"
         )
     return resolve(root, environment)
 

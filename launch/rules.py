@@ -223,6 +223,10 @@ def ppo_colocation(
             groups.setdefault(role.colocate, []).append(name)
     for group, names in groups.items():
         first = names[0]
+        if group in (*roles, "credit", "source") and group not in names:
+            right = f"give {group} the same `colocate`" if group in roles else "choose another name"
+            yield Problem(f"{first}.colocate", f"{group!r} names a role that is not in this group", right)
+            continue
         if len(names) == 1:
             others = [other for other in groups if other != group]
             right = f"give another role the same name (groups here: {', '.join([group, *others])}), or leave it out"

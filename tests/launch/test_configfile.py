@@ -103,6 +103,25 @@ def test_a_wrong_override_is_named(override: str, problem: str) -> None:
     assert refused(SFT, override) == [problem]
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.train=5", "5 is not a list; e.g. [a, b]"),
+        ("data.train=[]", "has 0 items; at least 1"),
+        ("learner.optimizer.betas=[0.1, 0.2, 0.3]", "has 3 items; at most 2"),
+    ],
+)
+def test_a_list_is_a_list(override: str, problem: str) -> None:
+    assert refused(SFT, override) == [f"{override.partition('=')[0]} (override {override}): {problem}"]
+
+
+def test_a_name_that_looks_like_a_number_survives_being_written_out(tmp_path: Path) -> None:
+    config = load(SFT, ["run.name='1e5'"])
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml") == config
+    assert load(SFT, ["run.name=2026-11-21"]).run.name == "2026-11-21"
+
+
 def test_a_list_takes_indices() -> None:
     changes = ("data.train=[{path: a.jsonl}]", "data.train.3.path=b")
     assert refused(SFT, *changes) == [

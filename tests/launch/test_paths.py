@@ -68,3 +68,8 @@ def test_a_job_must_not_write_into_the_folder_that_is_deleted_with_it() -> None:
 )
 def test_other_places_are_kept(root: str, environment: dict[str, str], place: Path) -> None:
     assert runs_root(root, environment) == place
+
+
+def test_a_relative_home_keeps_a_job_from_nothing() -> None:
+    with pytest.raises(RunDirError, match=r"run\.root is 'runs'"):
+        runs_root("runs", {**JOB, HOME_VARIABLE: "."})

@@ -141,3 +141,13 @@ def test_weights_between_processes_on_one_gpu_go_by_ipc() -> None:
     [(where, what)] = refused("ppo", *both, "rollout.weight_transfer=nccl")
     assert where == "rollout.weight_transfer"
     assert what.endswith("; ipc")
+
+
+def test_a_group_does_not_take_a_role_in_by_its_name() -> None:
+    both = ["policy.colocate=critic", "rollout.colocate=critic", "policy.ranks_per_node=1"]
+    assert refused("ppo", *both) == [
+        ("policy.colocate", "'critic' names a role that is not in this group; give critic the same `colocate`")
+    ]
+    assert refused("ppo", *both, "critic.colocate=critic") == []
+    [(where, what)] = refused("ppo", *(change.replace("=critic", "=source") for change in both))
+    assert (where, what) == ("policy.colocate", "'source' names a role that is not in this group; choose another name")
