@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.check import CheckReport, _check_folder, _check_model, _models
+from data.tokenizer import Tokenizer
+from launch.check import CheckReport, _check_folder
+from launch.check_models import check_model, wanted_models
 from launch.configfile import load
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +33,9 @@ def copied(runs: Path, of: str, **changes: object) -> Path:
 
 def found(name: str, *overrides: str) -> list[str]:
     """What is wrong with the models of a shipped run."""
-    report, tokenizers = CheckReport(), {}
+    tokenizers: dict[str, Tokenizer] = {}
     config = load(ROOT / name, overrides)
-    return [str(problem) for wanted in _models(config) for problem in _check_model(wanted, report, tokenizers)]
+    return [str(problem) for wanted in wanted_models(config) for problem in check_model(wanted, [], tokenizers)]
 
 
 @pytest.mark.usefixtures("runs")

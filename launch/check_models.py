@@ -1,0 +1,190 @@
+"""What a run needs of its models, judged without loading their weights.
+
+A model is judged by its configuration, its tokenizer and the headers of its weight files.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from actors.config import ModelConfig
+from data.errors import DataError
+from data.tokenizer import Tokenizer, load_tokenizer, require_eos
+from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.errors import Problem
+from launch.paths import resolve_model
+
+ModelKind = Literal["language model", "scorer", "new scorer"]
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class WantedModel:
+    """A model that a role needs: where its configuration stands, what it must be, and the longest sequence.
+
+    ``new scorer`` may also start from a language model, whose head is replaced. ``same_tokens`` is for a role that
+    reads the policy's tokens as they are.
+    """
+
+    where: str
+    model: ModelConfig
+    kind: ModelKind
+    max_tokens: int
+    same_tokens: bool = False
+
+
+def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
+    """The models of a run; the first one's tokenizer is the data's."""
+    match config:
+        case SupervisedRunConfig():
+            kind: ModelKind = "new scorer" if config.algorithm.name == "reward_model" else "language model"
+            yield WantedModel("learner.model", config.learner.model, kind, config.data.max_tokens)
+        case PPORunConfig():
+            longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
+            engine = max(longest, config.rollout.max_model_tokens or 0)
+            yield WantedModel("policy.model", config.policy.model, "language model", engine)
+            yield WantedModel("critic.model", config.critic.model, "new scorer", longest, same_tokens=True)
+            yield WantedModel("reference.model", config.reference.model, "language model", longest, same_tokens=True)
+            yield WantedModel("reward.model", config.reward.model, "scorer", longest)
+
+
+def check_model(wanted: WantedModel, facts: Facts, tokenizers: dict[str, Tokenizer]) -> Iterator[Problem]:
+    """What is wrong with one model. Adds what it is to ``facts``, and its tokenizer to ``tokenizers``."""
+    model = resolve_model(wanted.model)
+    try:
+        found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # transformers, its validators and remote code raise whatever they like
+        absent = Path(model.path).is_absolute() and not Path(model.path).exists()
+        reason = "no such folder" if absent else " ".join(str(error).split())
+        yield Problem(
+            f"{wanted.where}.path",
+            f"no model can be read from {model.path}: {reason}",
+            "a Hugging Face folder with config.json, or a name on the hub",
+        )
+        found = None
+    if found is not None:
+        facts.append((wanted.where, f"{_architecture(found)}, {model.path}"))
+        yield from _check_kind(wanted, found)
+        yield from _check_context(wanted, found)
+        yield from _check_weights(wanted, model)
+    yield from _check_tokenizer(wanted, model, found, tokenizers)
+
+
+def _architecture(found: PreTrainedConfig) -> str:
+    return str((found.architectures or ["unknown architecture"])[0])
+
+
+def _check_kind(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Problem]:
+    architecture = _architecture(found)
+    scores = architecture.endswith("Classification")
+    if wanted.kind == "language model" and scores:
+        yield Problem(wanted.where, f"{architecture} is no language model", "a causal language model")
+    elif wanted.kind == "scorer" and (not scores or wanted.model.from_scratch):
+        right = "a trained model with one label, such as a reward_model run makes"
+        yield Problem(wanted.where, f"{architecture} has no trained head: every reward would be 0", right)
+    elif wanted.kind != "language model" and scores and found.num_labels != 1:
+        yield Problem(
+            wanted.where, f"the model has {found.num_labels} labels", "a model with one label, which is the score"
+        )
+    elif not _can_be_built(wanted, found):
+        what = "a causal language model" if wanted.kind == "language model" else "a model that scores"
+        yield Problem(
+            wanted.where, f"transformers has no {found.model_type} that is {what}", "a decoder such as Llama or Qwen"
+        )
+
+
+def _can_be_built(wanted: WantedModel, found: PreTrainedConfig) -> bool:
+    if wanted.model.trust_remote_code and getattr(found, "auto_map", None):
+        return True  # the repository brings its own classes
+    if wanted.kind == "language model":
+        return found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if _architecture(found).endswith("ForTokenClassification"):
+        return found.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    return found.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
+def _check_context(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Problem]:
+    context = getattr(found.get_text_config(), "max_position_embeddings", None)
+    if context is not None and wanted.max_tokens > context:
+        yield Problem(
+            wanted.where,
+            f"sequences of {wanted.max_tokens} tokens are longer than the model's context of {context}",
+            "lower data.max_tokens, rollout.sampling.max_response_tokens or rollout.max_model_tokens",
+        )
+
+
+def _check_weights(wanted: WantedModel, model: ModelConfig) -> Iterator[Problem]:
+    folder = Path(model.path)
+    if wanted.model.from_scratch or not folder.is_dir():
+        return
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    indices = sorted(folder.glob("*.index.json"))
+    if not files and not indices:
+        right = "weights, or `from_scratch: true` to draw random ones"
+        yield Problem(wanted.where, f"{folder} holds no weights", right)
+    for index in indices:
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            yield Problem(wanted.where, f"{index} is damaged: {error}", "the whole file, copied or downloaded again")
+            continue
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            yield Problem(wanted.where, f"{folder} lacks {', '.join(missing)}", f"all {len(shards)} files of the model")
+    for file in files:
+        if damage := _damage(file):
+            yield Problem(wanted.where, f"{file} is damaged: {damage}", "the whole file, copied or downloaded again")
+
+
+def _damage(file: Path) -> str:
+    """What the header of a weight file, and its size, tell; empty if nothing."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="np") as opened:
+                opened.keys()
+        else:
+            with file.open("rb") as opened:
+                start = opened.read(2)
+            if not start:
+                return "it is empty"
+            if start == b"PK" and not zipfile.is_zipfile(file):
+                return "its end is missing"
+    except (SafetensorError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _check_tokenizer(
+    wanted: WantedModel, model: ModelConfig, found: PreTrainedConfig | None, tokenizers: dict[str, Tokenizer]
+) -> Iterator[Problem]:
+    if found is None and model.tokenizer_path == model.path and not Path(model.path).is_dir():
+        return  # the model is not there at all, which has been said
+    where = f"{wanted.where}.tokenizer"
+    try:
+        tokenizer = load_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
+        require_eos(tokenizer, f"{wanted.where} ends sequences with it")
+    except DataError as error:
+        yield Problem(where, str(error))
+        return
+    tokenizers[wanted.where] = tokenizer
+    vocabulary = tokenizer.get_vocab()
+    size = None if found is None else getattr(found.get_text_config(), "vocab_size", None)
+    if size is not None and max(vocabulary.values(), default=-1) >= size:
+        most = max(vocabulary.values())
+        yield Problem(where, f"numbers tokens up to {most}, and the model has {size} of them", "the model's own")
+    policy = tokenizers.get("policy.model")
+    if wanted.same_tokens and policy is not None and vocabulary != policy.get_vocab():
+        right = "a model of the policy's family"
+        yield Problem(wanted.where, "its tokenizer is not the policy's, whose tokens it is given", right)
