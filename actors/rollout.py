@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.config import ModelConfig, RolloutConfig
-from actors.errors import RolloutError
+from actors.errors import EngineDead, RolloutError
 from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, WeightMeta, broadcast_info, shared_info
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightsRefused
 from cluster.context import RankContext
@@ -101,13 +101,16 @@ class RolloutActor:
         """Answer some rows of a PROMPTS batch: ROLLOUT of ``samples_per_prompt`` rows each, in their order.
 
         Raises:
-            RolloutError: no weights yet, or a prompt leaves no room for a response.
+            RolloutError: no weights yet, no rows, or a prompt that is empty, leaves no room for a response, or holds
+                a token that the model does not know. Nothing of the slice goes on generating then.
             EngineDead: the engine died.
         """
         began = time.perf_counter()
         check_schema(prompts, PROMPTS)
         if self._version is None:
             raise RolloutError("the engine has not been given the policy's weights; publish them first")
+        if not rows:
+            raise RolloutError("generate was given no rows of its prompts; give it one at least")
         ids = [prompts.column("prompt_id")[row].as_py() for row in rows]
         tokens = [prompts.column("tokens")[row].values.to_numpy().tolist() for row in rows]
         for prompt_id, prompt in zip(ids, tokens, strict=True):
@@ -119,7 +122,7 @@ class RolloutActor:
             for prompt_id, prompt in zip(ids, tokens, strict=True)
             for k in range(num_each)
         ]
-        completions = await asyncio.gather(*(self._answer(sample_id, prompt) for sample_id, _, prompt in samples))
+        completions = await _all_or_none(self._answer(*sample) for sample in samples)
         batch = _rollout(samples, completions)
         versions = [version for completion in completions for version, _, _ in completion.versions]
         info = RolloutInfo(
@@ -197,6 +200,8 @@ class RolloutActor:
         self._segment.close()
 
     def _require_room(self, prompt_id: int, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise RolloutError(f"prompt {prompt_id} is empty; a prompt is one token at least")
         context, response = self._engine.max_model_tokens, self._config.sampling.max_response_tokens
         if num_tokens > context - response:
             raise RolloutError(
@@ -205,9 +210,25 @@ class RolloutActor:
                 "rollout.max_model_tokens"
             )
 
-    async def _answer(self, sample_id: int, prompt: Sequence[int]) -> Completion:
+    async def _answer(self, sample_id: int, prompt_id: int, prompt: Sequence[int]) -> Completion:
         params = self._sampling_params(self._config.sampling, sample_seed(self._seed, sample_id))
-        return await self._engine.generate(f"{sample_id}-{self._num_calls}", prompt, params)
+        try:
+            return await self._engine.generate(f"{sample_id}-{self._num_calls}", prompt, params)
+        except EngineDead:
+            raise
+        except RolloutError as error:
+            raise RolloutError(f"prompt {prompt_id}: {error}") from error
+
+
+async def _all_or_none(answers: Iterable[Coroutine[None, None, Completion]]) -> list[Completion]:
+    """Await all; the first failure ends the others, which would go on drawing for nobody."""
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def sample_seed(seed: int, sample_id: int) -> int:

@@ -21,6 +21,7 @@ from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -33,6 +34,8 @@ from actors.weight_channels import Transfer
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 256 << 20
+#: How often a step of an update that is under way asks whether the engine's process still lives.
+_DEATH_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Engine:
 
         Raises:
             EngineDead: the engine is, or died over it.
+            RolloutError: vLLM does not take this prompt; the engine lives on.
         """
         self._require_alive()
         task = asyncio.current_task()
@@ -84,6 +88,8 @@ class Engine:
         except EngineDeadError as error:
             self._dead = self._dead or f"its process died: {error}"
             raise EngineDead(f"the engine is dead: {self._dead}") from error
+        except VLLMClientError as error:
+            raise RolloutError(f"vLLM does not take the prompt: {error}") from error
         except asyncio.CancelledError:
             self._require_alive()
             raise
@@ -138,10 +144,22 @@ class Engine:
     async def _guarded(self, step: Callable[[], Awaitable[object]]) -> None:
         self._require_alive()
         try:
-            await step()
+            await self._while_alive(step)
         except Exception as error:
             self.fail_update(f"an update of its weights failed: {error}")
             raise EngineDead(f"the engine is dead: {self._dead}") from error
+
+    async def _while_alive(self, step: Callable[[], Awaitable[object]]) -> None:
+        """Await a call into the engine's process: one whose process dies meanwhile vLLM 0.32 never answers."""
+        call = asyncio.ensure_future(step())
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_DEATH_POLL_S)
+                if not call.done() and self._llm.errored:
+                    raise EngineDeadError
+            call.result()
+        finally:
+            call.cancel()
 
     def _require_alive(self) -> None:
         if self._dead is not None:
@@ -157,6 +175,8 @@ def engine_args(
         "tokenizer": model.tokenizer_path,
         "trust_remote_code": model.trust_remote_code,
         "dtype": config.dtype or model.dtype,
+        # Then the folder holds no weights; those of the policy come before the first prompt, as always.
+        "load_format": "dummy" if model.from_scratch else "auto",
         "max_model_len": config.max_model_tokens,
         "max_num_seqs": config.max_concurrent_sequences,
         "tensor_parallel_size": config.tensor_parallel_size,

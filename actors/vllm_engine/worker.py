@@ -100,8 +100,27 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
         if missing := sorted(self._expected - self._loaded):
             raise WeightsRefused(f"{len(missing)} of the model's parameters did not come, {missing[0]} among them")
+        if partial := self._partly_loaded():
+            raise WeightsRefused(f"{len(partial)} of the model's layers came in part only, {partial[0]} among them")
         finalize_layerwise_reload(self.model, self.model_config)
         self._rebuild_tied_head()
+
+    def _partly_loaded(self) -> list[str]:
+        """Layers of which some elements came and others did not.
+
+        vLLM stacks parameters (query, key and value; gate and up), and reports a stack as loaded when any part of it
+        is; the rest would be memory as it was found.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        partial = []
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)  # of a layer that is whole, it is already empty again
+            padded = isinstance(layer, VocabParallelEmbedding)  # one parameter, whose padding never comes
+            if not padded and 0 < info.load_numel < (info.load_numel_total or 0):
+                partial.append(name)
+        return partial
 
     def _rebuild_tied_head(self) -> None:
         """Pack the output head again where it is the embedding.
