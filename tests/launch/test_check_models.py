@@ -124,6 +124,55 @@ def test_a_config_that_is_no_config(runs: Path) -> None:
     assert "no_such_architecture" in problem
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"model_type": "llama", ', "[]", "\xff", '{"model_type": "llama", "hidden_size": "wide"}'],
+    ids=["breaks off", "no object", "no text", "wrong type"],
+)
+def test_a_corrupt_config(runs: Path, text: str) -> None:
+    (copied(runs, "demo-sft") / "config.json").write_text(text, encoding="latin-1")
+    problems = found("ray_config.yaml", "reference.model.path=runs/changed")
+    assert problems[0].startswith(f"reference.model.path: no model can be read from {runs / 'changed'}: ")
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_model_that_is_not_there_is_told_of_once() -> None:
+    [problem] = found("ray_config.yaml", "policy.model.path=/nowhere")
+    assert problem.startswith("policy.model.path: no model can be read from /nowhere: no such folder; ")
+
+
+def test_an_encoder_decoder_is_no_policy(runs: Path) -> None:
+    folder = copied(runs, "demo-sft")
+    (folder / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"], "vocab_size": 9999}')
+    assert found("ray_config.yaml", "reference.model.path=runs/changed") == [
+        "reference.model: transformers has no t5 that is a causal language model; a decoder such as Llama or Qwen"
+    ]
+
+
+def test_a_vocabulary_that_is_too_small(runs: Path) -> None:
+    copied(runs, "demo-sft", vocab_size=5)
+    [problem] = found("ray_config.yaml", "reference.model={path: runs/changed, from_scratch: true}")
+    assert problem.startswith("reference.model.tokenizer: numbers tokens up to ")
+    assert problem.endswith(", and the model has 5 of them; the model's own")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "damage"),
+    [
+        ("model.safetensors", b"\x10", "model.safetensors is damaged: "),
+        ("pytorch_model.bin", b"", "pytorch_model.bin is damaged: it is empty"),
+        ("pytorch_model.bin", b"PK\x03\x04 and no more", "pytorch_model.bin is damaged: its end is missing"),
+        ("model.safetensors.index.json", b"{", "model.safetensors.index.json is damaged: "),
+        ("model.safetensors.index.json", b"[]", "model.safetensors.index.json is damaged: "),
+    ],
+)
+def test_damaged_files_are_named(runs: Path, name: str, content: bytes, damage: str) -> None:
+    (copied(runs, "demo-sft") / name).write_bytes(content)
+    [problem] = found("ray_config.yaml", "policy.model.path=runs/changed")
+    assert f"{runs / 'changed'}/{damage}" in problem
+    assert problem.endswith("the whole file, copied or downloaded again")
+
+
 def test_a_run_that_was_begun_is_told_of(runs: Path) -> None:
     report = CheckReport()
     config = load(ROOT / "ray_config.yaml")
