@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
@@ -48,7 +49,7 @@ def rollout(num_rows: int) -> pa.RecordBatch:
     )
 
 
-def lists(values: np.ndarray[tuple[int], np.dtype[np.generic]], lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pa.ListArray:
+def lists(values: npt.NDArray[np.generic], lengths: npt.NDArray[np.int64]) -> pa.ListArray:
     """Values cut into rows."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

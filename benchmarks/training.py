@@ -13,6 +13,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def learner(folder: Path, size: str, zero: ZeroConfig, rounds: int) -> None:
 
     def bare_update() -> None:
         packs = plan_packs([len(row) for row in rows], 1, PACK).packs[0]
-        bare.update(
-            [lambda units=units: bare.next_token([rows[unit] for unit in units], denominator) for units in packs]
-        )
+        bare.update([partial(bare.next_token, [rows[unit] for unit in units], denominator) for units in packs])
 
     race(
         f"LearnerActor.train, ZeRO stage {zero.stage}",
@@ -121,19 +120,15 @@ def policy(folder: Path, size: str, zero: ZeroConfig, rounds: int) -> None:
     def column(values: Tensor, chosen: Sequence[int]) -> Tensor:
         return torch.cat([values[starts[row] : starts[row + 1]] for row in chosen])
 
+    def loss(own: Sequence[int], denominator: int) -> Tensor:
+        return bare.ratio([rows[row] for row in own], column(advantages, own), column(behaviour, own), denominator)
+
     def bare_iteration() -> None:
         for chosen in minibatches(ROWS, MINIBATCHES, 0, 0, 0):
             denominator = sum(lengths[row] for row in chosen)
             packs = plan_packs([len(rows[row]) for row in chosen], 1, PACK).packs[0]
             picked = [[chosen[unit] for unit in units] for units in packs]
-            bare.update(
-                [
-                    lambda own=own: bare.ratio(
-                        [rows[row] for row in own], column(advantages, own), column(behaviour, own), denominator
-                    )
-                    for own in picked
-                ]
-            )
+            bare.update([partial(loss, own, denominator) for own in picked])
 
     race(
         f"PolicyActor.train, ZeRO stage {zero.stage}",
@@ -152,7 +147,7 @@ def experience(rows: list[list[int]], lengths: list[int]) -> tuple[pa.RecordBatc
     ids = list(range(len(rows)))
 
     def lists(values: Tensor) -> list[list[float]]:
-        return [part.tolist() for part in values.split(lengths)]
+        return [part.tolist() for part in torch.split(values, lengths)]
 
     rollout = {
         "sample_id": ids,
