@@ -17,19 +17,18 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
-def free_port(start: int) -> int:
-    """A port below Ray's workers' range (10002 to 19999)."""
-    for port in range(start, 10000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise RuntimeError(f"no free port from {start} on")
+def free_port() -> int:
+    """A port that is free now, out of the range that Ray keeps for its workers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 @pytest.fixture
 def head(home: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """``ray start --head``; gives the environment to submit from."""
-    port, dashboard, agent = free_port(6400), free_port(8300), free_port(8800)
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

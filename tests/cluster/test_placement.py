@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from cluster.config import ClusterConfig, PlacementConfig
 from cluster.errors import PlacementFailed
 from cluster.group import RoleGroup, RoleSpec
-from cluster.nodes import Node
+from cluster.nodes import Node, nodes
 from cluster.placement import diagnose, place, plan_bundles
 
 CONFIG = ClusterConfig(accelerator_resource="gpu_slot", placement_timeout_s=20, call_timeout_s=30)
@@ -66,8 +66,17 @@ def test_diagnosis_names_bundle_and_nodes() -> None:
     assert diagnose(plans, [], use_free=True)[0].endswith("the cluster has no node")
 
 
+async def all_free() -> None:
+    """Wait until what an earlier test had placed is given back: Ray does that a moment later."""
+    deadline = time.monotonic() + 20
+    while any(node.free.get("gpu_slot") != node.total.get("gpu_slot") for node in nodes()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+
+
 async def nodes_of(placements: dict[str, PlacementConfig], role: str) -> list[str]:
     """On which nodes the ranks of a role really sit."""
+    await all_free()
     placement = await place(plan_bundles(placements, "gpu_slot"), CONFIG)
     try:
         spec = RoleSpec(role, placements[role], 0, environment=ENVIRONMENT)
@@ -101,6 +110,7 @@ async def test_colocated_ranks_sit_side_by_side(ray_cluster: Cluster) -> None:
     roles = {
         role: slots(1, 3, gpus_per_rank=0.5, colocate="scorers", strategy="SPREAD") for role in ("reference", "reward")
     }
+    await all_free()
     placement = await place(plan_bundles(roles, "gpu_slot"), CONFIG)
     try:
         specs = [RoleSpec(role, roles[role], 0, environment=ENVIRONMENT) for role in roles]
