@@ -13,6 +13,8 @@ from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
 
 LOCAL = ClusterConfig(address="local", object_store_bytes=2 << 30)
+#: Ray starts its workers at a low priority; where other work runs besides, what is compared would not meet it alike.
+EQUAL_PRIORITY = {"RAY_worker_niceness": "0"}
 
 
 @asynccontextmanager

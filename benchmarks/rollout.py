@@ -4,7 +4,7 @@ Three engines with the same model: vLLM's AsyncLLM alone; a RolloutActor in this
 the fleet that a run hands its prompts to. The role's engines have been given their weights as a run gives them. What
 seeds and log-probs cost vLLM itself is shown as a way of its own.
 
-    python -m benchmarks.rollout [--size small] [--prompts 96] [--rounds 7]
+    python -m benchmarks.rollout [--size small] [--prompts 192] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors.config import ModelConfig, RolloutConfig, SamplingConfig
 from actors.rollout import RolloutActor, engine_environment, sample_seed
 from actors.weights import Tally, WeightBucket
-from benchmarks.groups import LOCAL, processes, started
+from benchmarks.groups import EQUAL_PRIORITY, LOCAL, processes, started
 from benchmarks.measure import Trial, descendants, print_setting
 from benchmarks.tiny import sequences, write_model
 from cluster.context import RankContext
@@ -37,7 +37,7 @@ from experience.schema import PROMPTS, make_batch
 from launch.fleet import RolloutFleet
 
 #: All prompts fit into one of vLLM's steps: bare vLLM 0.32 dies on CPU where one with a seed is prefilled in parts.
-SHORTEST, LONGEST, RESPONSE = 8, 24, 48
+SHORTEST, LONGEST, RESPONSE = 4, 12, 48
 SCORING_BATCH = 64
 KV_CACHE_BYTES = 256 << 20
 SEED = 0
@@ -162,7 +162,7 @@ def whole(folder: Path) -> tuple[list[WeightBucket], Tally]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
-    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, connect(LOCAL, num_cpus_wanted=2):
@@ -171,6 +171,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Before an engine's process is started, which inherits it.
-    os.environ |= engine_environment(on_gpu=False)
+    # Before Ray and the engines' processes are started, which inherit it.
+    os.environ |= engine_environment(on_gpu=False) | EQUAL_PRIORITY
     main()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from actors.config import ModelConfig, OptimizerConfig, PolicyConfig, RolloutCon
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from algorithms.config import PPOConfig
-from benchmarks.groups import LOCAL, processes, started
+from benchmarks.groups import EQUAL_PRIORITY, LOCAL, processes, started
 from benchmarks.measure import Trial, print_setting
 from benchmarks.tiny import write_model
 from cluster.group import RoleGroup
@@ -82,4 +83,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Before Ray is started, which inherits it.
+    os.environ |= EQUAL_PRIORITY
     main()
