@@ -3,7 +3,8 @@
 Invariants:
 
 - Every engine gets all weights, in the order they were sent, and generation stands still meanwhile.
-- Weights pass this process by: it sees references, digests, sizes, and handles to GPU memory.
+- This process handles references, digests, sizes, and handles to GPU memory. It is not true yet that weights pass its
+  node by: Ray's stream fetches each bucket there before it hands the reference on (two at a time at most).
 - Engines go on only when each has agreed with the policy's manifest of the whole.
 
 Of the three ways only shared memory has been run; NCCL and CUDA-IPC wait for a GPU.
