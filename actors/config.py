@@ -75,17 +75,108 @@ class OptimizerConfig(FrozenConfig):
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="How the learning rate moves.")
 
 
+class LoRAConfig(FrozenConfig):
+    """Low-rank adapters beside frozen weights (LoRA, Hu et al. 2021): W x becomes W x + scale * B A x."""
+
+    rank: PositiveInt = Field(
+        16, description="Rows of A and columns of B: what an adapter can express, and what it costs."
+    )
+    alpha: PositiveFloat = Field(
+        32.0, description="The scale is alpha / rank. Twice the rank lets adapters move about as fast as whole weights."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training, never in scoring."
+    )
+    targets: Literal["all_linear"] | tuple[str, ...] = Field(
+        "all_linear",
+        description="Linear layers that get an adapter: `all_linear`, which QLoRA found is needed to match full "
+        "tuning, or ends of their names (`q_proj`). The output layer and a scorer's head are never among all.",
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) (rsLoRA), so that large ranks learn as fast as small ones."
+    )
+    use_dora: bool = Field(False, description="Train the length of each output's weights apart (DoRA). Slower.")
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("targets is empty: name linear layers (`q_proj`), or write `all_linear`")
+        return value
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+
+class QLoRAConfig(FrozenConfig):
+    """4-bit storage of the frozen weights (NF4 in blocks of 64; QLoRA, Dettmers et al. 2023).
+
+    They are de-quantised to ``model.dtype`` to compute with.
+    """
+
+    double_quantisation: bool = Field(
+        True, description="Store the blocks' scales in 8 bits as well: saves 0.37 bits a weight."
+    )
+
+
+class TuningConfig(FrozenConfig):
+    """Which weights of a trained role learn."""
+
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full",
+        description="`full`: all; `lora`: adapters beside frozen weights; `qlora`: the same beside frozen weights in 4 "
+        "bits. The head of a critic or reward model always learns in full.",
+    )
+    lora: LoRAConfig = Field(LoRAConfig(), description="The adapters of `lora` and `qlora`.")
+    qlora: QLoRAConfig = Field(QLoRAConfig(), description="How `qlora` stores the frozen weights.")
+
+    @model_validator(mode="after")
+    def _blocks_are_used(self) -> TuningConfig:
+        # Compared by value: a resolved configuration writes out blocks that nobody set.
+        if self.method == "full" and self.lora != LoRAConfig():
+            raise ValueError("tuning.lora is set, but tuning.method is full: choose lora or qlora, or remove it")
+        if self.method != "qlora" and self.qlora != QLoRAConfig():
+            raise ValueError(f"tuning.qlora is set, but tuning.method is {self.method}: choose qlora, or remove it")
+        return self
+
+    @property
+    def has_adapter(self) -> bool:
+        """The base is frozen, and can be had by leaving the adapter off."""
+        return self.method != "full"
+
+
+def cannot_be_tuned(model: ModelConfig, zero: ZeroConfig, tuning: TuningConfig) -> str | None:
+    """Why a role's model cannot be trained so, and what would do; none where it can."""
+    if tuning.method == "full":
+        return None
+    if model.from_scratch:
+        return (
+            f"tuning.method {tuning.method} trains adapters beside weights that stay, and model.from_scratch draws "
+            "those at random: use full"
+        )
+    return None
+
+
 class TrainedRoleConfig(PlacementConfig):
     """A role whose model DeepSpeed trains."""
 
     model: ModelConfig = Field(description="The model it starts from.")
     zero: ZeroConfig = Field(ZeroConfig(), description="How its state is sharded over its ranks.")
+    tuning: TuningConfig = Field(TuningConfig(), description="Which of its weights learn.")
     optimizer: OptimizerConfig = Field(description="How it learns.")
     max_tokens_per_pack: PositiveInt = Field(
         8192, description="Token budget of one packed micro-batch on one rank: the lever on memory. Gradients "
         "accumulate over as many packs as the batch needs. On CPU about twice the longest sequence is fastest."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> TrainedRoleConfig:
+        if reason := cannot_be_tuned(self.model, self.zero, self.tuning):
+            raise ValueError(reason)
+        return self
 
 
 class PolicyConfig(TrainedRoleConfig):

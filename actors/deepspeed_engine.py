@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
-from actors.models import PREFIX, PackedModel, enable_gradient_checkpointing, save_model
+from actors.models import PackedModel, enable_gradient_checkpointing, save_model
 from actors.process_group import join_ranks, prepare_device
+from actors.tuning import Adapters, WeightSource, tune, weight_sources
 from actors.zero_settings import forward_settings, training_settings
 from cluster.context import RankContext
 
@@ -45,10 +46,11 @@ class TrainEngine:
     """One rank's share of a model in training."""
 
     def __init__(self, model: PackedModel, context: RankContext, config: TrainedRoleConfig) -> None:
-        """Shard ``model`` (the same on every rank) over the ranks. Collective.
+        """Tune ``model`` (the same on every rank) as ``config`` says, and shard it over the ranks. Collective.
 
         Raises:
             RoleError: the ranks did not meet.
+            ModelError: the model cannot be tuned so.
         """
         self._context = context
         self._max_grad_norm = config.optimizer.max_grad_norm
@@ -58,8 +60,12 @@ class TrainEngine:
         self._grad_norm = 0.0
         # Of all stages only this one leaves clipping and the check of the norm to the caller.
         self._plain = config.zero.stage == 0 and config.model.dtype == "float32"
+        self._adapters = tune(model, config, self._device, context.seed)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+        if config.tuning.has_adapter and config.tuning.lora.dropout > 0:
+            # Dropout draws from this process's random state, which starts out the same on every rank.
+            torch.manual_seed(context.seed * context.num_ranks + context.rank)
         settings = training_settings(config, context)
         groups = _parameter_groups(model, config.optimizer.weight_decay)
         self._engine = _start_engine(model, settings, config.zero.stage == 3, groups)
@@ -102,11 +108,12 @@ class TrainEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         totals: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
-            loss, metrics = loss_function(self._engine, micro_batch)
-            # DeepSpeed divides the sum over ranks by their number; the losses are of the whole batch already.
-            self._engine.backward(loss * self._context.num_ranks, scale_wrt_gas=False)
-            _accumulate(totals, {"loss": loss.detach(), **metrics})
+        with self._dropping():
+            for micro_batch in micro_batches:
+                loss, metrics = loss_function(self._engine, micro_batch)
+                # DeepSpeed divides the sum over ranks by their number; the losses are of the whole batch already.
+                self._engine.backward(loss * self._context.num_ranks, scale_wrt_gas=False)
+                _accumulate(totals, {"loss": loss.detach(), **metrics})
         results = self._over_ranks(totals)
         if not math.isfinite(results["loss"]):
             self._refuse(f"the loss is {results['loss']}", where)
@@ -125,6 +132,16 @@ class TrainEngine:
         with torch.no_grad():
             return [function(self._engine, micro_batch) for micro_batch in micro_batches]
 
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, ``forward`` runs the frozen base: the reference of a policy that is tuned by LoRA or QLoRA.
+
+        Raises:
+            RoleError: the model is tuned in full, so what it started from is gone.
+        """
+        with self._require_adapters().off():
+            yield
+
     def reduce_sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over all ranks. Collective; every rank gives the same names in the same order."""
         return self._over_ranks({name: torch.tensor(value, device=self._device) for name, value in values.items()})
@@ -132,21 +149,22 @@ class TrainEngine:
     def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """All weights under their Hugging Face names, some at a time, each list about ``bucket_bytes`` in all.
 
-        Collective with sharded weights: every rank goes through all of them. The tensors of a list are the model's
-        own, and with sharded weights exist only until the next list is asked for: copy what is to be kept.
+        Adapters come merged into the weights beside them. Collective with sharded weights: every rank goes through all
+        of them. The tensors of a list may be the model's own, and with sharded weights exist only until the next list
+        is asked for: copy what is to be kept.
         """
-        for names in _buckets(self._model, bucket_bytes):
-            parameters = [self._model.get_parameter(name) for name in names]
-            with self._gathered(parameters):
-                yield [
-                    (name.removeprefix(PREFIX), parameter.detach())
-                    for name, parameter in zip(names, parameters, strict=True)
-                ]
+        for sources in _buckets(weight_sources(self._model, self._adapters), bucket_bytes):
+            with self._gathered([parameter for source in sources for parameter in source.parameters]):
+                yield [(source.name, source.value()) for source in sources]
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer states, counters and this rank's random states into ``folder``. Collective."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
+        # What is frozen is where it was loaded from.
+        frozen = self._adapters is not None
+        self._engine.save_checkpoint(
+            str(folder), tag=_CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=frozen
+        )
         state: dict[str, object] = {
             "num_ranks": self._context.num_ranks,
             "num_updates": self._num_updates,
@@ -172,7 +190,8 @@ class TrainEngine:
                 f"{self._context.role}: the checkpoint in {folder} is of {state['num_ranks']} ranks, "
                 f"this run has {self._context.num_ranks}; resume with as many"
             )
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        whole = self._adapters is None
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG, load_module_strict=whole)
         if path is None:
             raise RoleError(f"{self._context.role}: DeepSpeed found no checkpoint in {folder}")
         self._num_updates = state["num_updates"]
@@ -190,9 +209,39 @@ class TrainEngine:
             save_model(self._model, weights, folder, tokenizer)
         self.barrier()
 
+    def export_adapter(self, folder: Path) -> None:
+        """Write adapter and head alone, as ``PeftModel.from_pretrained`` loads them. Collective; the first rank writes.
+
+        Raises:
+            RoleError: the model is tuned in full.
+        """
+        adapters = self._require_adapters()
+        trained = adapters.trained()
+        with self._gathered(list(trained.values())):
+            if self._context.rank == 0:
+                adapters.save({name: p.detach().to("cpu", copy=True) for name, p in trained.items()}, folder)
+        self.barrier()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         torch.distributed.barrier()
+
+    def _require_adapters(self) -> Adapters:
+        if self._adapters is None:
+            raise RoleError(f"{self._context.role}: tuning.method is full: there is no adapter; choose lora or qlora")
+        return self._adapters
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Inside, adapters drop out as configured."""
+        if self._adapters is None:
+            yield
+            return
+        self._adapters.set_training(True)
+        try:
+            yield
+        finally:
+            self._adapters.set_training(False)
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         if not self._sharded:
@@ -277,19 +326,18 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _buckets(model: nn.Module, bucket_bytes: int) -> Iterator[list[str]]:
-    """Names of parameters in groups of at most ``bucket_bytes``; a larger one stands alone, tied ones come once."""
-    names: list[str] = []
+def _buckets(sources: Iterable[WeightSource], bucket_bytes: int) -> Iterator[list[WeightSource]]:
+    """Weights in groups of at most ``bucket_bytes``; a larger one stands alone."""
+    group: list[WeightSource] = []
     held = 0
-    for name, parameter in model.named_parameters():
-        size = int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
-        if names and held + size > bucket_bytes:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += size
-    if names:
-        yield names
+    for source in sources:
+        if group and held + source.num_bytes > bucket_bytes:
+            yield group
+            group, held = [], 0
+        group.append(source)
+        held += source.num_bytes
+    if group:
+        yield group
 
 
 def _accumulate(totals: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:

@@ -102,14 +102,14 @@ class TokenScorer(PackedModel):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        self._head_name = next(name for name in _HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear))
+        self.head_name = next(name for name in _HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear))
 
     def forward(self, tokens_T: Tensor, position_ids_T: Tensor, positions_S: Tensor | None = None) -> Tensor:
         """Scores (T,), or (S,) at ``positions_S`` alone, in float32."""
         states = self.hidden_states(self.network.base_model, tokens_T, position_ids_T)  # type: ignore[arg-type]
         if positions_S is not None:
             states = states[positions_S]
-        head = getattr(self.network, self._head_name)
+        head = getattr(self.network, self.head_name)
         return torch.as_tensor(head(states)[:, 0].float())
 
 

@@ -1,0 +1,110 @@
+"""What the tests of tuning run in each rank's process. Every function takes the rank's context first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.config import ModelConfig, OptimizerConfig, TrainedRoleConfig, TuningConfig, ZeroConfig
+from actors.deepspeed_engine import TrainEngine
+from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer
+from cluster.context import RankContext
+from tests.actors import engine_programs as programs
+
+LORA = {"rank": 4, "alpha": 8.0}
+
+
+def config(folder: Path, stage: int, method: str = "lora", **changes: Any) -> TrainedRoleConfig:
+    tuning = {"method": method, "lora": LORA | changes.pop("lora", {})} | changes.pop("tuning", {})
+    return TrainedRoleConfig(
+        model=ModelConfig(path=str(folder), dtype=changes.pop("dtype", "float32")),
+        zero=ZeroConfig(stage=stage, **changes.pop("zero", {})),
+        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5),
+        tuning=TuningConfig(**tuning),
+        **changes,
+    )
+
+
+def model_of(settings: TrainedRoleConfig) -> PackedModel:
+    scores = Path(settings.model.path).name.startswith("score")
+    return load_scorer(settings.model) if scores else load_causal_lm(settings.model)
+
+
+def logits(engine: TrainEngine, seed: int = 100) -> Tensor:
+    batch = [programs.pack(programs.batch(seed))]
+    return engine.forward(batch, lambda model, pack: torch.as_tensor(model(*pack)))[0]
+
+
+def learn(engine: TrainEngine, own: RankContext, steps: range, rows_per_pack: int = 2) -> list[dict[str, float]]:
+    """Next tokens, or scores that shall be 1."""
+    reports = []
+    for step in steps:
+        rows = programs.batch(step)
+        num_tokens = sum(len(row) - 1 for row in rows)
+
+        def score_loss(model: nn.Module, pack: Any, num_tokens: int = num_tokens) -> Any:
+            tokens, positions = pack
+            scores = model(tokens, positions, (positions > 0).nonzero()[:, 0])
+            return (scores - 1).square().sum() / num_tokens, {}
+
+        scores = hasattr(engine._model, "head_name")
+        loss = score_loss if scores else programs.token_loss(num_tokens)
+        reports.append(engine.step(programs.deal(rows, own, rows_per_pack), loss, 1e-2))
+    return reports
+
+
+def train(own: RankContext, folder: Path, stage: int, method: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Three steps, the reference scored between them; what the engine gives before and after."""
+    settings = config(folder, stage, method, **changes)
+    model = model_of(settings)
+    base = model(*programs.pack(programs.batch(100))).detach()
+    engine = TrainEngine(model, own, settings)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    started = logits(engine)
+    first = programs.weights(engine)
+    reports = learn(engine, own, range(1))
+    with engine.adapter_off():
+        off = logits(engine)
+    reports += learn(engine, own, range(1, 3))
+    after = logits(engine)
+    return {
+        "base": base,
+        "started": started,
+        "first": first,
+        "off": off,
+        "reports": reports,
+        "after": after,
+        "weights": programs.weights(engine),
+        "moved": [n for n, p in model.named_parameters() if n in frozen and not torch.equal(frozen[n].view(torch.uint8), p.detach().view(torch.uint8))],
+        "trained": [n for n, p in model.named_parameters() if p.requires_grad],
+    }
+
+
+def resume(own: RankContext, folder: Path, stage: int, method: str, checkpoint: Path, changes: dict[str, Any]) -> bool:
+    """Two steps, a checkpoint and two more in a fresh engine are four steps, to the last bit?"""
+    settings = config(folder, stage, method, **changes)
+    torch.manual_seed(3)
+    whole = TrainEngine(model_of(settings), own, settings)
+    expected = learn(whole, own, range(4))
+    first = TrainEngine(model_of(settings), own, settings)
+    learn(first, own, range(2))
+    first.save(checkpoint)
+    second = TrainEngine(model_of(settings), own, settings)
+    second.load(checkpoint)
+    resumed = learn(second, own, range(2, 4))
+    assert resumed == expected[2:], (resumed, expected[2:])
+    one, other = programs.weights(whole), programs.weights(second)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def export(own: RankContext, folder: Path, stage: int, method: str, target: Path, changes: dict[str, Any]) -> Tensor:
+    """Three steps, then both exports: ``merged`` and ``adapter``. The logits they shall give."""
+    settings = config(folder, stage, method, **changes)
+    engine = TrainEngine(model_of(settings), own, settings)
+    learn(engine, own, range(3))
+    engine.export(target / "merged", load_tokenizer(settings.model))
+    engine.export_adapter(target / "adapter")
+    return logits(engine)
