@@ -19,7 +19,8 @@ from actors.config import ModelConfig
 from actors.models import PackedModel, load_causal_lm, load_scorer
 from actors.packed import EMPTY_ROW
 from algorithms.logprobs import token_logprobs
-from algorithms.losses import next_token_loss, pairwise_loss
+from algorithms.losses import next_token_loss
+from algorithms.ranking import pairwise_loss
 from experience.schema import COMPARISONS, EXAMPLES, SchemaError, check_schema
 from experience.tensors import Batches, PackedRows, list_column, pack, scalar_column
 

@@ -1,6 +1,7 @@
 """Losses: tensors in, ``(loss, metrics)`` out.
 
-Legend: T response tokens of a micro-batch, laid end to end; N pairs.
+Legend: T response tokens of a micro-batch, laid end to end. Losses of reward models are in ``algorithms.ranking``, of
+pairs under a policy in ``algorithms.preferences``.
 
 Invariants:
 
@@ -8,14 +9,13 @@ Invariants:
   batch. Adding up micro-batches and ranks gives the loss of the batch, however it was cut.
 - So is every metric.
 - A micro-batch of nothing gives a loss of 0 and a gradient of 0, so that a rank without work can still take part.
-- Gradients flow into what the model gives (first argument, entropy, both scores of a pair) and into nothing else.
+- Gradients flow into what the model gives (first argument, entropy) and into nothing else.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from algorithms.errors import AlgorithmError
 from algorithms.kl import k3
@@ -131,32 +131,5 @@ def clipped_value_loss(
             "value_loss": loss.detach(),
             "value_clip_fraction": (clipped_error > error).to(error).sum() / denominator,
             "value": values_T.sum() / denominator,
-        }
-    return loss, metrics
-
-
-def pairwise_loss(chosen_scores_N: Tensor, rejected_scores_N: Tensor, *, denominator: float) -> Loss:
-    """Bradley-Terry: ``-sum log sigmoid(chosen - rejected) / denominator`` (Ouyang et al. 2022, equation 1, K = 2).
-
-    Gradients flow into both. Untrained, with all scores equal, it is ln 2 a pair.
-
-    Metrics: ``accuracy``, a tie counting half; ``margin`` the mean of ``chosen - rejected``; ``score`` the mean of
-    all scores.
-
-    Args:
-        denominator: pairs of the global batch.
-
-    Raises:
-        AlgorithmError: lengths differ, or the denominator is not positive.
-    """
-    require_same_length(chosen=chosen_scores_N, rejected=rejected_scores_N)
-    require_positive(denominator)
-    margin = chosen_scores_N - rejected_scores_N
-    loss = -logsigmoid(margin).sum() / denominator
-    with torch.no_grad():
-        metrics = {
-            "accuracy": ((margin > 0).to(margin) + 0.5 * (margin == 0).to(margin)).sum() / denominator,
-            "margin": margin.sum() / denominator,
-            "score": (chosen_scores_N + rejected_scores_N).sum() / (2 * denominator),
         }
     return loss, metrics

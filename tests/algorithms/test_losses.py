@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from algorithms.errors import AlgorithmError, ShapeMismatch
 from algorithms.kl import k3
-from algorithms.losses import Loss, clipped_policy_loss, clipped_value_loss, next_token_loss, pairwise_loss
+from algorithms.losses import Loss, clipped_policy_loss, clipped_value_loss, next_token_loss
 from tests.algorithms import slow
 
 NUM_TOKENS = 60
@@ -171,52 +170,6 @@ def test_value_without_clip_is_half_the_mean_square() -> None:
     assert float(loss) == pytest.approx(0.5 * float(((values_T - returns_T) ** 2).mean()))
 
 
-# ---- pairs
-
-
-def test_pairwise_by_hand() -> None:
-    """Margins ln 3, -ln 3, 0: sigmoids 3/4, 1/4, 1/2: losses ln 4/3, ln 4, ln 2 = 0.287682, 1.386294, 0.693147.
-
-    Their mean is 0.789041. One is right, one wrong, one a tie: accuracy 0.5.
-    Gradients of the chosen: -(1 - sigmoid) / 3.
-    """
-    chosen_N = torch.tensor([math.log(3), 0.0, 5.0], dtype=torch.float64, requires_grad=True)
-    rejected_N = torch.tensor([0.0, math.log(3), 5.0], dtype=torch.float64, requires_grad=True)
-    loss, metrics = pairwise_loss(chosen_N, rejected_N, denominator=3)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0.789041, abs=1e-6)
-    assert chosen_N.grad is not None and rejected_N.grad is not None
-    assert chosen_N.grad.tolist() == pytest.approx([-0.25 / 3, -0.75 / 3, -0.5 / 3])
-    assert rejected_N.grad.tolist() == pytest.approx([0.25 / 3, 0.75 / 3, 0.5 / 3])
-    expected = {"accuracy": 0.5, "margin": 0.0, "score": (2 * math.log(3) + 10) / 6}
-    assert {name: float(metric) for name, metric in metrics.items()} == pytest.approx(expected)
-
-
-def test_untrained_pairwise_loss_is_ln_2() -> None:
-    """A head of zeros."""
-    loss, metrics = pairwise_loss(torch.zeros(5), torch.zeros(5), denominator=5)
-    assert float(loss) == pytest.approx(math.log(2))
-    assert float(metrics["accuracy"]) == 0.5
-
-
-def test_pairwise_equals_slow_code() -> None:
-    chosen_N, rejected_N = (part.requires_grad_() for part in random_tokens(2, seed=2))
-    loss, metrics = pairwise_loss(chosen_N, rejected_N, denominator=NUM_TOKENS)
-    pairs = list(zip(chosen_N.tolist(), rejected_N.tolist(), strict=True))
-    wanted = sum(math.log(1 + math.exp(rejected - chosen)) for chosen, rejected in pairs) / NUM_TOKENS
-    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-12)
-    slopes = [-1 / (1 + math.exp(chosen - rejected)) / NUM_TOKENS for chosen, rejected in pairs]
-    chosen_slope, rejected_slope = torch.autograd.grad(loss, (chosen_N, rejected_N))
-    assert chosen_slope.tolist() == pytest.approx(slopes, rel=1e-12)
-    assert rejected_slope.tolist() == pytest.approx([-slope for slope in slopes], rel=1e-12)
-    assert float(metrics["accuracy"]) == sum(chosen > rejected for chosen, rejected in pairs) / NUM_TOKENS
-
-
-def test_pairwise_does_not_overflow() -> None:
-    loss, _ = pairwise_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]), denominator=1)
-    assert float(loss) == 2e4
-
-
 # ---- what all of them promise
 
 
@@ -230,13 +183,10 @@ def whole_and_part(name: str) -> tuple[list[Tensor], Callable[[list[Tensor]], Lo
         return [policy_T, behaviour_T, advantages_T, entropy_T], lambda x: clipped_policy_loss(
             x[0], x[1], x[2], clip_ratio=0.2, denominator=NUM_TOKENS, entropy_T=x[3], entropy_coefficient=0.1
         )
-    if name == "value":
-        values_T, rollout_values_T, returns_T = random_tokens(3)
-        return [values_T, rollout_values_T, returns_T], lambda x: clipped_value_loss(
-            x[0], x[1], x[2], clip_value=0.2, denominator=NUM_TOKENS
-        )
-    chosen_N, rejected_N = random_tokens(2)
-    return [chosen_N, rejected_N], lambda x: pairwise_loss(x[0], x[1], denominator=NUM_TOKENS)
+    values_T, rollout_values_T, returns_T = random_tokens(3)
+    return [values_T, rollout_values_T, returns_T], lambda x: clipped_value_loss(
+        x[0], x[1], x[2], clip_value=0.2, denominator=NUM_TOKENS
+    )
 
 
 def totals(
@@ -256,7 +206,7 @@ def totals(
     return loss_sum, gradients, sums
 
 
-LOSSES = ["next_token", "policy", "value", "pairwise"]
+LOSSES = ["next_token", "policy", "value"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -291,7 +241,7 @@ def test_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: function([x, *rest])[0], (first,))
 
 
-@pytest.mark.parametrize("name", ["next_token", "policy", "value"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_padding_does_not_matter(name: str) -> None:
     """A padded batch whose padding is masked (or has advantage 0, or value equal to return) gives the packed loss."""
     inputs, function = whole_and_part(name)
@@ -332,5 +282,3 @@ def test_refuses_impossible_denominators(denominator: float) -> None:
         clipped_policy_loss(one, one, one, clip_ratio=0.2, denominator=denominator)
     with pytest.raises(AlgorithmError, match="a loss is divided by"):
         clipped_value_loss(one, one, one, clip_value=None, denominator=denominator)
-    with pytest.raises(AlgorithmError, match="a loss is divided by"):
-        pairwise_loss(one, one, denominator=denominator)
