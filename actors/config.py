@@ -156,6 +156,11 @@ def cannot_be_tuned(model: ModelConfig, zero: ZeroConfig, tuning: TuningConfig) 
             f"tuning.method {tuning.method} trains adapters beside weights that stay, and model.from_scratch draws "
             "those at random: use full"
         )
+    if tuning.method == "qlora" and tuning.lora.use_dora and zero.stage == 3:
+        return (
+            "tuning.method qlora with lora.use_dora does not run under zero.stage 3: PEFT then puts new parameters in "
+            "place of those that DeepSpeed sharded. Use a lower stage, lora, or leave use_dora off"
+        )
     return None
 
 

@@ -33,6 +33,8 @@ _ADAPTER = "default"
 #: What PEFT puts before the names of the Hugging Face model in an adapter's file.
 _PEFT_PREFIX = "base_model.model."
 _BASE = "base_layer."
+#: Weights that share one scale in 4 bits.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,12 @@ def _quantise(model: PackedModel, device: torch.device, *, double: bool) -> None
                 f"tuning.method qlora: {type(network).__name__} keeps its weights in {type(linear).__name__}, which "
                 "bitsandbytes does not quantise; use lora"
             )
+        if device.type == "cpu" and linear.in_features % _BLOCK:
+            # Seen in bitsandbytes 0.50.2 with AVX-512: blocks that cross a row get other blocks' scales, silently.
+            raise ModelError(
+                f"tuning.method qlora: {name} takes {linear.in_features} inputs; on CPU bitsandbytes de-quantises "
+                f"right only where they are a multiple of {_BLOCK}: use lora, or a GPU"
+            )
         with torch.device("meta"):
             quantised = bitsandbytes.nn.Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype
@@ -291,6 +299,7 @@ def _quantise(model: PackedModel, device: torch.device, *, double: bool) -> None
         quantised.weight = bitsandbytes.nn.Params4bit(
             linear.weight.detach(),
             requires_grad=False,
+            blocksize=_BLOCK,
             compress_statistics=double,
             quant_type="nf4",
             quant_storage=linear.weight.dtype,

@@ -22,8 +22,8 @@ def tokenizer(backwards: bool = False) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def network_config(kind: str, tied: bool = True, **changes: Any) -> Any:
-    """Configuration of a decoder of some 20,000 weights."""
+def network_config(kind: str, tied: bool = True, width: int = 32, **changes: Any) -> Any:
+    """Configuration of a decoder of some 20,000 weights, or more where it is wider."""
     if kind == "gpt2":
         return transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=128, **changes)
     if kind == "bloom":
@@ -31,8 +31,8 @@ def network_config(kind: str, tied: bool = True, **changes: Any) -> Any:
     classes = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}
     return classes[kind](
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -46,7 +46,13 @@ def network_config(kind: str, tied: bool = True, **changes: Any) -> Any:
 
 
 def write(
-    folder: Path, kind: str = "qwen2", head: str = "causal", tied: bool = True, seed: int = 0, **changes: Any
+    folder: Path,
+    kind: str = "qwen2",
+    head: str = "causal",
+    tied: bool = True,
+    seed: int = 0,
+    width: int = 32,
+    **changes: Any,
 ) -> Path:
     """A model folder, tokenizer included. Weights are spread wide, so that attention and position matter."""
     auto = {
@@ -54,7 +60,7 @@ def write(
         "score": transformers.AutoModelForSequenceClassification,
         "token_score": transformers.AutoModelForTokenClassification,
     }[head]
-    config = network_config(kind, tied, **changes)
+    config = network_config(kind, tied, width, **changes)
     if head != "causal":
         config.num_labels = changes.get("num_labels", 1)
     torch.manual_seed(seed)
@@ -62,7 +68,7 @@ def write(
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(0.0, 0.3)
+                parameter.normal_(0.0, 0.3 * (32 / width) ** 0.5)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from actors.config import ModelConfig, OptimizerConfig, TrainedRoleConfig, TuningConfig, ZeroConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer
+from actors.zero_settings import training_settings
 from cluster.context import RankContext
 from tests.actors import engine_programs as programs
 
@@ -78,9 +80,14 @@ def train(own: RankContext, folder: Path, stage: int, method: str, changes: dict
         "reports": reports,
         "after": after,
         "weights": programs.weights(engine),
-        "moved": [n for n, p in model.named_parameters() if n in frozen and not torch.equal(frozen[n].view(torch.uint8), p.detach().view(torch.uint8))],
+        "moved": [n for n, p in model.named_parameters() if n in frozen and not _same_bytes(p, frozen[n])],
         "trained": [n for n, p in model.named_parameters() if p.requires_grad],
     }
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """4 bits are kept as if they were floats, some of which are not numbers and so not equal to themselves."""
+    return torch.equal(one.detach().view(torch.uint8), other.view(torch.uint8))
 
 
 def resume(own: RankContext, folder: Path, stage: int, method: str, checkpoint: Path, changes: dict[str, Any]) -> bool:
@@ -108,3 +115,25 @@ def export(own: RankContext, folder: Path, stage: int, method: str, target: Path
     engine.export(target / "merged", load_tokenizer(settings.model))
     engine.export_adapter(target / "adapter")
     return logits(engine)
+
+
+def train_in_shards(own: RankContext, folder: Path, method: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """``train`` under stage 3 with no parameter held whole longer than it is computed with."""
+
+    def settings(config: TrainedRoleConfig, context: RankContext) -> dict[str, Any]:
+        told = training_settings(config, context)
+        told["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+        return told
+
+    with mock.patch("actors.deepspeed_engine.training_settings", settings):
+        return train(own, folder, 3, method, changes)
+
+
+def adapter_of_full(own: RankContext, folder: Path, target: Path) -> None:
+    settings = programs.config(folder, 0)
+    TrainEngine(model_of(settings), own, settings).export_adapter(target)
