@@ -304,15 +304,24 @@ def test_extremes_by_hand() -> None:
     assert torch.autograd.grad(loss, policy_w)[0].tolist() == pytest.approx([-0.1, 0.0])
 
 
-@pytest.mark.parametrize("logprob", [-1e-9, -1e-5, -1e-2, -0.7, -3.0, -30.0, -5000.0])
+@pytest.mark.parametrize("logprob", [-1e-5, -1e-2, -0.7, -3.0, -30.0, -5000.0])
 def test_orpo_keeps_its_digits_in_float32(logprob: float) -> None:
     """Against float64, from P near 1 to P that underflows; the other response has odds of 1."""
     results = []
     for dtype in (torch.float32, torch.float64):
-        policy_w = torch.tensor([logprob], dtype=torch.float32).to(dtype).requires_grad_()
-        policy_v, one = torch.tensor([-LN2], dtype=dtype), torch.tensor([1])
-        loss, _ = orpo_loss(policy_w, policy_v, one, one, coefficient=1.0, denominator=1)
-        results.append((float(loss.detach()), float(torch.autograd.grad(loss, policy_w)[0])))
-    clamped = logprob > -1e-7
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-7)
-    assert results[0][1] == (0.0 if clamped else pytest.approx(results[1][1], rel=1e-3))
+        policy_w = torch.tensor([-LN2], dtype=dtype)
+        policy_v = torch.tensor([logprob], dtype=torch.float32).to(dtype).requires_grad_()
+        one = torch.tensor([1])
+        loss, metrics = orpo_loss(policy_w, policy_v, one, one, coefficient=1.0, denominator=1)
+        slope = float(torch.autograd.grad(loss, policy_v)[0])
+        results.append((float(loss.detach()), float(metrics["log_odds_ratio"]), slope))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_orpo_of_certainty() -> None:
+    """P of 1, or nearer to it than float32 can say: odds of 2^24, and no gradient."""
+    policy_w = torch.tensor([0.0, -1e-9], requires_grad=True)
+    one, even = torch.ones(2, dtype=torch.int64), torch.full((2,), -LN2)
+    loss, metrics = orpo_loss(policy_w, even, one, one, coefficient=1.0, denominator=2)
+    assert float(metrics["log_odds_ratio"]) == pytest.approx(24 * LN2, rel=1e-6)
+    assert torch.autograd.grad(loss, policy_w)[0].tolist() == [0.0, 0.0]
