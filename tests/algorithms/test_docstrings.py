@@ -9,7 +9,9 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("name", ["advantages", "kl", "logprobs", "rewards", "schedules"])
+@pytest.mark.parametrize(
+    "name", ["advantages", "calibration", "kl", "logprobs", "preferences", "ranking", "rewards", "schedules"]
+)
 def test_examples(name: str) -> None:
     module = importlib.import_module(f"algorithms.{name}")
     results = doctest.testmod(module, extraglobs={"torch": torch})
