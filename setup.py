@@ -8,12 +8,17 @@ README = Path(__file__).parent / "README.md"
 
 # Pinned to the versions the tests run on. vLLM, torch and DeepSpeed must match each other, since weights pass between
 # them; Ray must be the version of the cluster's nodes; Transformers decides what a model folder means, and vLLM's
-# private classes are touched in two places (actors/vllm_engine).
+# private classes are touched in two places (actors/vllm_engine). PEFT's layers are read to merge adapters, and what
+# bitsandbytes computes wrongly on CPU is worked around for this version, both in actors/tuning.py.
 REQUIRES = [
     "ray[default]==2.60.0",  # the job server and the dashboard need the extras
     "deepspeed==0.19.8",
     "transformers>=5.19,<5.20",
     "tokenizers>=0.23,<0.24",
+    "peft==0.21.2",
+    "accelerate>=1.15,<2",  # PEFT imports it; nothing here does
+    "bitsandbytes==0.50.2",
+    "safetensors>=0.8",
     "pyarrow>=26,<27",
     "numpy>=2.1",
     "pydantic>=2.10",

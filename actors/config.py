@@ -82,7 +82,7 @@ class LoRAConfig(FrozenConfig):
         16, description="Rows of A and columns of B: what an adapter can express, and what it costs."
     )
     alpha: PositiveFloat = Field(
-        32.0, description="The scale is alpha / rank. Twice the rank lets adapters move about as fast as whole weights."
+        32.0, description="The scale of B A is alpha / rank; twice the rank is common practice."
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training, never in scoring."

@@ -124,6 +124,14 @@ class CriticActor:
         """Write the model as a Hugging Face folder, tokenizer included. Collective."""
         self._engine.export(folder, self._tokenizer)
 
+    def export_adapter(self, folder: Path) -> None:
+        """Write adapter and head alone, for PEFT. Collective.
+
+        Raises:
+            RoleError: the critic is tuned in full.
+        """
+        self._engine.export_adapter(folder)
+
     def _loss(self, model: nn.Module, pack: _CriticPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return clipped_value_loss(
             _values(model, pack.samples),

@@ -6,7 +6,8 @@ Invariants:
   would get alone. Where an architecture cannot keep packed sequences apart (it takes no position ids, or carries a
   state from token to token, or lets attention cross the border), ``PackedModel`` runs the same pack as a padded
   batch instead; callers see no difference. Which of the two is found out once, by trying, at load.
-- Dropout is off everywhere: the model stays in evaluation mode, and every dropout rate is 0 besides.
+- Dropout is off everywhere: the model stays in evaluation mode, and every dropout rate is 0 besides. (Adapters, which
+  ``actors.tuning`` adds later, may have their own.)
 - Parameter names are the Hugging Face model's own once ``PREFIX`` is removed; shared (tied) weights appear once.
 
 Legend: T tokens of a pack, S selected positions, V vocabulary.

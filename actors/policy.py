@@ -32,7 +32,7 @@ from algorithms.config import PPOConfig
 from algorithms.logprobs import entropy, token_logprobs
 from algorithms.losses import clipped_policy_loss
 from cluster.context import RankContext
-from experience.schema import CREDIT, POLICY_LOGPROBS, check_schema, require_same_rows
+from experience.schema import CREDIT, POLICY_LOGPROBS, REF_LOGPROBS, check_schema, require_same_rows
 from experience.tensors import list_column
 
 _DEVIATION = f"ratio_deviation{MAX_SUFFIX}"
@@ -79,16 +79,18 @@ class PolicyActor:
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Log-probs of the response tokens under the current weights: POLICY_LOGPROBS of this rank's rows."""
-        return score_responses(
-            self._engine,
-            lambda model, pack: response_logprobs(model, pack, self._temperature),
-            rollouts,
-            context=self._context,
-            device=self._engine.device,
-            collective=self._config.zero.stage == 3,
-            max_tokens=self._config.max_tokens_per_pack,
-            schema=POLICY_LOGPROBS,
-        )
+        return self._logprobs(rollouts, POLICY_LOGPROBS)
+
+    def score_reference(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """Log-probs under the base, with the adapter off: REF_LOGPROBS of this rank's rows, as a reference role's.
+
+        With ``qlora`` the base is the one in 4 bits.
+
+        Raises:
+            RoleError: the policy is tuned in full, so it holds no base.
+        """
+        with self._engine.adapter_off():
+            return self._logprobs(rollouts, REF_LOGPROBS)
 
     def train(
         self, iteration: int, rollouts: Sequence[pa.RecordBatch], credit: Sequence[pa.RecordBatch]
@@ -183,6 +185,28 @@ class PolicyActor:
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, tokenizer included. Collective."""
         self._engine.export(folder, self._tokenizer)
+
+    def export_adapter(self, folder: Path) -> None:
+        """Write the adapter alone, for PEFT. Collective.
+
+        Raises:
+            RoleError: the policy is tuned in full.
+        """
+        self._engine.export_adapter(folder)
+
+    def _logprobs(
+        self, rollouts: Sequence[pa.RecordBatch], schema: pa.Schema
+    ) -> tuple[pa.RecordBatch, ColumnInfo]:
+        return score_responses(
+            self._engine,
+            lambda model, pack: response_logprobs(model, pack, self._temperature),
+            rollouts,
+            context=self._context,
+            device=self._engine.device,
+            collective=self._config.zero.stage == 3,
+            max_tokens=self._config.max_tokens_per_pack,
+            schema=schema,
+        )
 
     def _loss(self, model: nn.Module, pack: _PolicyPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         samples = pack.samples

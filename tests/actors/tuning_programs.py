@@ -6,13 +6,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from actors.config import ModelConfig, OptimizerConfig, TrainedRoleConfig, TuningConfig, ZeroConfig
+from actors.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    SamplingConfig,
+    TrainedRoleConfig,
+    TuningConfig,
+    ZeroConfig,
+)
 from actors.deepspeed_engine import TrainEngine
 from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer
+from actors.policy import PolicyActor
+from actors.weights import WeightBucket, WeightManifest
 from actors.zero_settings import training_settings
+from algorithms.config import PPOConfig
 from cluster.context import RankContext
 from tests.actors import engine_programs as programs
 
@@ -137,3 +149,43 @@ def train_in_shards(own: RankContext, folder: Path, method: str, changes: dict[s
 def adapter_of_full(own: RankContext, folder: Path, target: Path) -> None:
     settings = programs.config(folder, 0)
     TrainEngine(model_of(settings), own, settings).export_adapter(target)
+
+
+def policy(
+    own: RankContext, folder: Path, stage: int, method: str, temperature: float = 1.0
+) -> PolicyActor:
+    """A policy after three updates, the same each time."""
+    settings = config(folder, stage, method, max_tokens_per_pack=128)
+    sampling = SamplingConfig(max_response_tokens=24, temperature=temperature)
+    actor = PolicyActor(own, PolicyConfig(**dict(settings)), PPOConfig(), sampling, 3, 4)
+    learn(actor._engine, own, range(3))
+    return actor
+
+
+def publish(own: RankContext, folder: Path, stage: int, method: str) -> tuple[list[WeightBucket], WeightManifest]:
+    """What the first rank sends; and it is what it said it would send."""
+    actor = policy(own, folder, stage, method)
+    if own.rank > 0:
+        actor.join_gather(20_000)
+        return [], actor.weight_manifest(1)
+    buckets = list(actor.weight_buckets(20_000))
+    sent = [(entry.name, entry.dtype, entry.shape) for bucket in buckets for entry in bucket.entries]
+    assert [(meta.name, meta.dtype, meta.shape) for meta in actor.weight_layout()] == sent
+    return buckets, actor.weight_manifest(1)
+
+
+def both_logprobs(
+    own: RankContext, folder: Path, stage: int, method: str, rollouts: list[pa.RecordBatch]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Of this rank's rows: the policy's log-probs, and its base's."""
+    actor = policy(own, folder, stage, method)
+    reference, _ = actor.score_reference(rollouts)
+    assert reference.schema.names[1] == "ref_logprobs"
+    return actor.score(rollouts)[0].column(1).to_pylist(), reference.column(1).to_pylist()
+
+
+def reference_scores(
+    own: RankContext, folder: Path, stage: int, temperature: float, rollouts: list[pa.RecordBatch]
+) -> list[list[float]]:
+    """What the base of a trained policy gives this rank's rows."""
+    return policy(own, folder, stage, "lora", temperature).score_reference(rollouts)[0].column(1).to_pylist()
