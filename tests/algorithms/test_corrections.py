@@ -81,9 +81,7 @@ def test_equals_slow_code(name: str, seed: int) -> None:
     proximal_T = rollout_T + 0.8 * noise_T
     got_T, metrics = evaluate(name, proximal_T, rollout_T, OFFSETS, NUM_TOKENS)
     weights, touched = [], []
-    for proximal, rollout in zip(
-        slow.samples(proximal_T, OFFSETS), slow.samples(rollout_T, OFFSETS), strict=True
-    ):
+    for proximal, rollout in zip(slow.samples(proximal_T, OFFSETS), slow.samples(rollout_T, OFFSETS), strict=True):
         some, which = slow_weights(name, proximal.tolist(), rollout.tolist())
         weights += some
         touched += which

@@ -120,9 +120,7 @@ def test_entropy_bonus_by_hand() -> None:
 def test_kl_equals_slow_code(estimator: Estimator) -> None:
     policy_T, ref_T, weights_T = random_tokens(3)
     policy_T.requires_grad_()
-    loss, metrics = kl_term(
-        policy_T, ref_T, estimator, coefficient=0.3, weights_T=weights_T, denominator=NUM_TOKENS
-    )
+    loss, metrics = kl_term(policy_T, ref_T, estimator, coefficient=0.3, weights_T=weights_T, denominator=NUM_TOKENS)
     values, slopes = [], []
     for p, q in zip(policy_T.tolist(), ref_T.tolist(), strict=True):
         ratio = torch.tensor(q - p, dtype=torch.float64).exp().item()
@@ -315,8 +313,6 @@ def test_the_coefficient_does_not_depend_on_the_ratio_of_data() -> None:
     (logprobs_T,) = random_tokens(1)
     ones_T = torch.ones_like(logprobs_T)
     once, _ = pretraining_term(logprobs_T, ones_T, coefficient=27.8, denominator=NUM_TOKENS)
-    twice, _ = pretraining_term(
-        logprobs_T.repeat(2), ones_T.repeat(2), coefficient=27.8, denominator=2 * NUM_TOKENS
-    )
+    twice, _ = pretraining_term(logprobs_T.repeat(2), ones_T.repeat(2), coefficient=27.8, denominator=2 * NUM_TOKENS)
     torch.testing.assert_close(once, twice)
     torch.testing.assert_close(once, 27.8 * next_token_loss(logprobs_T, ones_T, NUM_TOKENS)[0])
