@@ -9,9 +9,26 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize(
-    "name", ["advantages", "calibration", "kl", "logprobs", "preferences", "ranking", "rewards", "schedules"]
-)
+EXAMPLES = [
+    "advantages",
+    "averages",
+    "calibration",
+    "combining",
+    "group_advantages",
+    "kl",
+    "logprobs",
+    "moments",
+    "packed",
+    "passk",
+    "preferences",
+    "ranking",
+    "rewards",
+    "schedules",
+    "shaping",
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name: str) -> None:
     module = importlib.import_module(f"algorithms.{name}")
     results = doctest.testmod(module, extraglobs={"torch": torch})
