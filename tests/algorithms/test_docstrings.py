@@ -8,7 +8,6 @@ import importlib
 import pytest
 import torch
 
-
 EXAMPLES = [
     "advantages",
     "averages",
