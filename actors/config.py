@@ -90,7 +90,8 @@ class LoRAConfig(FrozenConfig):
     targets: Literal["all_linear"] | tuple[str, ...] = Field(
         "all_linear",
         description="Linear layers that get an adapter: `all_linear`, which QLoRA found is needed to match full "
-        "tuning, or ends of their names (`q_proj`). The output layer and a scorer's head are never among all.",
+        "tuning, or ends of their names (`q_proj`). The output layer, a scorer's head and the stacked experts of a "
+        "mixture are never among all.",
     )
     use_rslora: bool = Field(
         False, description="Scale by alpha / sqrt(rank) (rsLoRA), so that large ranks learn as fast as small ones."

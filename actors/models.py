@@ -137,7 +137,7 @@ def load_causal_lm(config: ModelConfig, device: torch.device | str = "cpu", seed
         ModelError: the folder is missing or corrupt, weights are missing, or it is no causal language model.
     """
     network_config = _read_config(config)
-    architecture = (getattr(network_config, "architectures", None) or ["unknown"])[0]
+    architecture = _architecture(network_config)
     if architecture.endswith("Classification"):
         raise ModelError(f"{config.path} is a {architecture}, not a causal language model")
     network = _build(transformers.AutoModelForCausalLM, network_config, config, seed, may_miss=())
@@ -153,20 +153,9 @@ def load_scorer(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         ModelError: the folder is missing or corrupt, or the model has another number of labels than one.
     """
     network_config = _read_config(config)
-    architecture = (getattr(network_config, "architectures", None) or ["unknown"])[0]
-    if architecture.endswith("ForTokenClassification"):
-        auto, fresh = transformers.AutoModelForTokenClassification, config.from_scratch
-    else:
-        auto, fresh = transformers.AutoModelForSequenceClassification, config.from_scratch
-    if not architecture.endswith("Classification"):
-        fresh = True
-        network_config.num_labels = 1
-    if network_config.num_labels != 1:
-        labels = ", ".join(network_config.id2label.values())
-        raise ModelError(
-            f"{config.path} has {network_config.num_labels} labels ({labels}); a reward model or critic has one"
-        )
-    network_config.architectures = None  # save_pretrained writes the class that this becomes
+    architecture = _architecture(network_config)
+    auto = _scorer_class(network_config, config)
+    fresh = config.from_scratch or not architecture.endswith("Classification")
     network = _build(auto, network_config, config, seed, may_miss=tuple(f"{name}." for name in _HEAD_NAMES) * fresh)
     head = next((getattr(network, name) for name in _HEAD_NAMES if hasattr(network, name)), None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -178,6 +167,22 @@ def load_scorer(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     model = TokenScorer(network)
     _prepare(model, device)
     return model
+
+
+def outline(config: ModelConfig, *, scores: bool) -> PackedModel:
+    """The layers of a model without weights, on PyTorch's meta device: to look at, not to run. Takes milliseconds.
+
+    Raises:
+        ModelError: the folder is missing or corrupt, or the model has another number of labels than one.
+    """
+    network_config = _read_config(config)
+    auto = _scorer_class(network_config, config) if scores else transformers.AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            network = auto.from_config(network_config, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers and remote code raise whatever they like
+        raise ModelError(f"model {config.path} could not be built as {auto.__name__}: {error}") from error
+    return TokenScorer(network) if scores else CausalLM(network)
 
 
 def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tokenizer: Any) -> None:
@@ -200,6 +205,26 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
     for module in network.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+
+
+def _architecture(network_config: Any) -> str:
+    return str((getattr(network_config, "architectures", None) or ["unknown"])[0])
+
+
+def _scorer_class(network_config: Any, config: ModelConfig) -> Any:
+    """Transformers' class for a model with one label; ``network_config`` is made to ask for that label."""
+    architecture = _architecture(network_config)
+    if not architecture.endswith("Classification"):
+        network_config.num_labels = 1
+    if network_config.num_labels != 1:
+        labels = ", ".join(network_config.id2label.values())
+        raise ModelError(
+            f"{config.path} has {network_config.num_labels} labels ({labels}); a reward model or critic has one"
+        )
+    network_config.architectures = None  # save_pretrained writes the class that this becomes
+    if architecture.endswith("ForTokenClassification"):
+        return transformers.AutoModelForTokenClassification
+    return transformers.AutoModelForSequenceClassification
 
 
 def _read_config(config: ModelConfig) -> Any:

@@ -14,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from actors.config import LoRAConfig, TrainedRoleConfig
 from actors.errors import ModelError
 from actors.models import PREFIX, PackedModel, TokenScorer
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
 #: What PEFT puts before the names of the Hugging Face model in an adapter's file.
@@ -145,8 +148,7 @@ def tune(model: PackedModel, config: TrainedRoleConfig, device: torch.device, se
     """Freeze ``model`` and give it adapters as ``config.tuning`` says, drawn from ``seed``; none for full tuning.
 
     Raises:
-        ModelError: ``targets`` names no linear layer, or an output layer that is tied; or the model's layers cannot be
-            quantised.
+        ModelError: as ``require_tunable`` says.
     """
     tuning = config.tuning
     if tuning.method == "full":
@@ -154,7 +156,7 @@ def tune(model: PackedModel, config: TrainedRoleConfig, device: torch.device, se
     import peft  # here and not above: see the module's last invariant
 
     network: Any = model.network
-    targets = _target_names(model, tuning.lora.targets)
+    targets = require_tunable(model, config, device.type)
     peft_config = peft.LoraConfig(
         r=tuning.lora.rank,
         lora_alpha=tuning.lora.alpha,
@@ -182,7 +184,36 @@ def tune(model: PackedModel, config: TrainedRoleConfig, device: torch.device, se
         getattr(network, model.head_name).requires_grad_(True)
     adapters = Adapters(model, layers, tuning.lora, peft_config)
     adapters.set_training(False)
+    _report(model, tuning.method)
     return adapters
+
+
+def _report(model: PackedModel, method: str) -> None:
+    """Say how much of the model learns, and warn where 4 bits save little."""
+    parameters = list(model.parameters())
+    total = sum(_shape(p).numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    quantised = sum(_shape(p).numel() for p in parameters if hasattr(p, "quant_state"))
+    name = type(model.network).__name__
+    logger.info("%s: %d of %d weights learn, %d are in 4 bits", name, trained, total, quantised)
+    if method == "qlora" and quantised < total / 2:
+        # Of a mixture of experts for one: Transformers stacks the experts in tensors that are no linear layers.
+        logger.warning("%s: only %d of %d weights could be put in 4 bits", name, quantised, total)
+
+
+def require_tunable(model: PackedModel, config: TrainedRoleConfig, device_type: str) -> list[str]:
+    """The names of the layers that get an adapter. Weights are not looked at: ``actors.models.outline`` will do.
+
+    Raises:
+        ModelError: ``targets`` names no linear layer, or an output layer that is tied; or the model's layers cannot be
+            quantised on such a device.
+    """
+    tuning = config.tuning
+    names = _target_names(model, tuning.lora.targets)
+    if tuning.method == "qlora":
+        for name in _linear_names(model):
+            _require_quantisable(model, name, device_type)
+    return names
 
 
 def weight_sources(model: PackedModel, adapters: Adapters | None) -> Iterator[WeightSource]:
@@ -273,24 +304,28 @@ def _target_names(model: PackedModel, targets: str | Sequence[str]) -> list[str]
     return chosen
 
 
+def _require_quantisable(model: PackedModel, name: str, device_type: str) -> None:
+    layer = model.network.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"tuning.method qlora: {type(model.network).__name__} keeps its weights in {type(layer).__name__}, which "
+            "bitsandbytes does not quantise; use lora"
+        )
+    if device_type == "cpu" and layer.in_features % _BLOCK:
+        # Seen in bitsandbytes 0.50.2 with AVX-512: blocks that cross a row get other blocks' scales, silently.
+        raise ModelError(
+            f"tuning.method qlora: {name} takes {layer.in_features} inputs; on CPU bitsandbytes de-quantises right "
+            f"only where they are a multiple of {_BLOCK}: use lora, or a GPU"
+        )
+
+
 def _quantise(model: PackedModel, device: torch.device, *, double: bool) -> None:
     """Turn the decoder's linear layers into bitsandbytes' in NF4, one at a time, on ``device``."""
     import bitsandbytes
 
     network: Any = model.network
     for name in _linear_names(model):
-        linear = network.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(
-                f"tuning.method qlora: {type(network).__name__} keeps its weights in {type(linear).__name__}, which "
-                "bitsandbytes does not quantise; use lora"
-            )
-        if device.type == "cpu" and linear.in_features % _BLOCK:
-            # Seen in bitsandbytes 0.50.2 with AVX-512: blocks that cross a row get other blocks' scales, silently.
-            raise ModelError(
-                f"tuning.method qlora: {name} takes {linear.in_features} inputs; on CPU bitsandbytes de-quantises "
-                f"right only where they are a multiple of {_BLOCK}: use lora, or a GPU"
-            )
+        linear: Any = network.get_submodule(name)
         with torch.device("meta"):
             quantised = bitsandbytes.nn.Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from actors.config import LoRAConfig, ModelConfig
 from actors.errors import ModelError, RoleError
-from actors.models import PackedModel, load_causal_lm, load_scorer
-from actors.tuning import merged, tune, weight_sources
+from actors.models import PackedModel, load_causal_lm, load_scorer, outline
+from actors.tuning import merged, require_tunable, tune, weight_sources
 from actors.weight_sender import layout_of
 from actors.weights import dtype_name
 from tests.actors import engine_programs, tiny_models
@@ -37,6 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.write(folder / "qwen2", "qwen2", tied=True, width=64)
     tiny_models.write(folder / "llama", "llama", tied=False, width=64)
     tiny_models.write(folder / "score", "qwen2", head="score", width=64)
+    tiny_models.write(folder / "score_new", "qwen2", width=64)
     tiny_models.write(folder / "narrow", "qwen2")
     tiny_models.write(folder / "gpt2", "gpt2")
     return folder
@@ -258,6 +259,7 @@ def test_dropout_is_in_training_alone(models: Path, one_rank: Ranks) -> None:
         ("llama", 3, "lora", DORA | {"lora": {"targets": ["q_proj", "lm_head"]}}),
         ("llama", 3, "qlora", {}),
         ("score", 3, "lora", {"lora": {"use_rslora": True}}),
+        ("score_new", 1, "lora", {}),
     ],
 )
 def test_exports_load_with_transformers_and_peft(
@@ -267,7 +269,8 @@ def test_exports_load_with_transformers_and_peft(
 
     expected = two_ranks.run(programs.export, models / kind, stage, method, tmp_path, changes)[0]
     settings = programs.config(tmp_path / "merged", 0)
-    load = load_scorer if kind == "score" else load_causal_lm
+    scores = kind.startswith("score")
+    load = load_scorer if scores else load_causal_lm
     batch = engine_programs.pack(engine_programs.batch(100))
     require_same(load(settings.model)(*batch).detach(), expected)
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -278,9 +281,10 @@ def test_exports_load_with_transformers_and_peft(
     if method == "qlora":
         return  # the base in the folder is not the one in 4 bits
     auto: Any = (
-        transformers.AutoModelForSequenceClassification if kind == "score" else transformers.AutoModelForCausalLM
+        transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
     )
-    loaded = peft.PeftModel.from_pretrained(auto.from_pretrained(models / kind), tmp_path / "adapter")
+    base = auto.from_pretrained(models / kind, **({"num_labels": 1} if scores else {}))
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     model = load(programs.config(models / kind, 0).model)
     model.network = loaded.merge_and_unload()
     require_same(model(*batch).detach(), expected)
@@ -328,8 +332,32 @@ def test_adapters_beside_random_weights_are_refused(models: Path) -> None:
 def test_what_a_model_cannot_do_is_said(
     kind: str, method: str, targets: str | Sequence[str], message: str, models: Path
 ) -> None:
+    """At load, and beforehand from the configuration alone."""
+    settings = programs.config(models / kind, 0, method, lora={"targets": targets})
     with pytest.raises(ModelError, match=message):
-        tuned(models / kind, method, lora={"targets": targets})
+        tune(programs.model_of(settings), settings, CPU, 0)
+    with pytest.raises(ModelError, match=message):
+        require_tunable(outline(settings.model, scores=kind == "score"), settings, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "score", "score_new", "gpt2"])
+def test_an_outline_has_the_layers_of_the_model(kind: str, models: Path) -> None:
+    settings = programs.config(models / kind, 0)
+    found = outline(settings.model, scores=kind.startswith("score"))
+    assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
+    assert layout_of(found) == layout_of(programs.model_of(settings))
+    assert require_tunable(found, settings, "cpu") == require_tunable(programs.model_of(settings), settings, "cpu")
+
+
+def test_a_mixture_that_stays_large_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its experts are stacked in tensors that bitsandbytes does not know."""
+    shape = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(tmp_path)
+    tuned(tmp_path, "qlora")
+    assert "weights could be put in 4 bits" in caplog.text
 
 
 def test_a_model_tuned_in_full_has_no_adapter(models: Path, one_rank: Ranks, tmp_path: Path) -> None:
