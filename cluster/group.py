@@ -7,8 +7,8 @@ Invariants:
 - The first failure of any rank ends a call at once and carries that rank's traceback and the end of its log. Other
   ranks may still be at work then; a group that has failed is not to be used again.
 - No wait is without a deadline, and a deadline names the ranks that were silent.
-- What a column method returns first stays in the object store of the rank's node, whatever its size: only the second,
-  small part comes to the caller. Columns are owned by the caller, so they outlive the process that made them.
+- What a column method returns first, or a stream yields, stays in the object store of the rank's node, whatever its
+  size: only small things come to the caller. It is owned by the caller, so it outlives the process that made it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ClusterConfig, PlacementConfig
 from cluster.context import RankContext
 from cluster.errors import RoleFailed, RoleTimeout
-from cluster.host import AsyncHost, Host, meeting_point
+from cluster.host import AsyncHost, Host
 from cluster.placement import Placement, rank_resources
 
 T = TypeVar("T")
@@ -39,9 +39,11 @@ Ref: TypeAlias = "ray.ObjectRef"
 Method: TypeAlias = Callable[Concatenate[T, P], R]
 AsyncMethod: TypeAlias = Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
-#: Ray returns objects below this many bytes through the caller's memory; at 0 all stay in the object store.
-ENVIRONMENT = {"RAY_max_direct_call_object_size": "0"}
 STREAM_AHEAD = 2
+#: Of a stream's next item Ray can say without fetching it only whether it is there: asked this often, at most.
+STREAM_POLL_S = 0.02
+#: After a failure, how long a process that died may take to be noticed: its peers often complain before Ray does.
+DEATH_NOTICE_S = 0.3
 ASYNC_CALLS = 1000
 LOG_TAIL_BYTES = 4000
 
@@ -91,26 +93,20 @@ class RoleGroup(Generic[T]):
         """
         handles = [_spawn(spec, placement, config, rank) for rank in range(spec.placement.num_ranks)]
         unstarted = cls(spec.role, tuple(_Rank(handle, "?", 0, None) for handle in handles), config.start_timeout_s)
-        group, bundle = placement.of_rank(spec.role, 0)
-        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        meet = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=where).remote()
-        address, port = (await unstarted._wait("start", {0: meet}))[0]
-        contexts = [_context(spec, config, rank, address, port) for rank in range(len(handles))]
-        unstarted = replace(
-            unstarted,
-            ranks=tuple(
-                _Rank(handle, "?", 0, _log(context)) for handle, context in zip(handles, contexts, strict=True)
-            ),
+        places = await unstarted._wait("start", dict(enumerate(handle.whereabouts.remote() for handle in handles)))
+        contexts = [
+            _context(spec, config, rank, places[0].address, places[0].port) for rank in range(len(handles))
+        ]
+        ranks = tuple(
+            _Rank(handle, place.node, place.pid, _log(context))
+            for handle, place, context in zip(handles, places, contexts, strict=True)
         )
-        started = await unstarted._wait(
+        await cls(spec.role, ranks, config.start_timeout_s)._wait(
             "start",
             {
-                rank: handle.start.remote(role_class, context, tuple(args))
+                rank: handle.start.remote(role_class, context, tuple(args), placement.devices_of(spec.role, rank))
                 for rank, (handle, context) in enumerate(zip(handles, contexts, strict=True))
             },
-        )
-        ranks = tuple(
-            replace(rank, node=node, pid=pid) for rank, (node, pid) in zip(unstarted.ranks, started, strict=True)
         )
         return cls(spec.role, ranks, config.call_timeout_s)
 
@@ -166,7 +162,7 @@ class RoleGroup(Generic[T]):
 
         Raises as ``call`` does.
         """
-        pairs = [self._submit(rank, method, args, kwargs, num_returns=2) for rank in range(self.num_ranks)]
+        pairs = [self._submit_column(rank, method, args, kwargs) for rank in range(self.num_ranks)]
         infos = await self._wait(method.__qualname__, {rank: info for rank, (_, info) in enumerate(pairs)})
         return [(column, info) for (column, _), info in zip(pairs, infos, strict=True)]
 
@@ -182,7 +178,7 @@ class RoleGroup(Generic[T]):
 
     async def column_of(self, rank: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ref, Any]:
         """As ``columns``, of one rank."""
-        column, info = self._submit(rank, method, args, kwargs, num_returns=2)
+        column, info = self._submit_column(rank, method, args, kwargs)
         return column, (await self._wait(method.__qualname__, {rank: info}))[0]
 
     async def stream(
@@ -198,15 +194,13 @@ class RoleGroup(Generic[T]):
         """
         handle = self.ranks[rank].handle
         generator = handle.stream.options(
-            num_returns="streaming", _generator_backpressure_num_objects=STREAM_AHEAD
+            num_returns="streaming", _generator_backpressure_num_objects=2 * STREAM_AHEAD
         ).remote(method, _positional(args, kwargs))
-        iterator = generator.__aiter__()
         while True:
-            try:
-                (item,) = await self._wait(method.__qualname__, {rank: iterator.__anext__()})
-            except StopAsyncIteration:
+            (pair,) = await self._wait(method.__qualname__, {rank: _next_pair(generator)})
+            if pair is None:
                 return
-            yield item
+            yield pair
 
     def shutdown(self) -> None:
         """End every process of the role at once."""
@@ -219,10 +213,14 @@ class RoleGroup(Generic[T]):
         method: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        num_returns: int = 1,
     ) -> Any:
-        handle = self.ranks[rank].handle
-        return handle.call.options(num_returns=num_returns).remote(method, _positional(args, kwargs))
+        return self.ranks[rank].handle.call.remote(method, _positional(args, kwargs))
+
+    def _submit_column(
+        self, rank: int, method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Ref, Ref]:
+        column, info = self.ranks[rank].handle.column.options(num_returns=2).remote(method, _positional(args, kwargs))
+        return column, info
 
     async def _wait(self, method: str, answers: Mapping[int, Awaitable[Any]]) -> list[Any]:
         """The answers in the order of their ranks, or the first failure, or who was silent."""
@@ -231,7 +229,13 @@ class RoleGroup(Generic[T]):
             done, waiting = await asyncio.wait(
                 tasks, timeout=self.call_timeout_s, return_when=asyncio.FIRST_EXCEPTION
             )
-            for task in done:
+            if waiting and any(isinstance(task.exception(), RayTaskError) for task in done):
+                late, waiting = await asyncio.wait(
+                    waiting, timeout=DEATH_NOTICE_S, return_when=asyncio.FIRST_EXCEPTION
+                )
+                done |= late
+            failed = [task for task in tasks if task in done and task.exception() is not None]
+            for task in sorted(failed, key=lambda task: not isinstance(task.exception(), RayActorError)):
                 error = task.exception()
                 if isinstance(error, RayError):
                     raise self._failure(tasks[task], method, error) from error
@@ -260,14 +264,16 @@ def _spawn(spec: RoleSpec, placement: Placement, config: ClusterConfig, rank: in
     group, bundle = placement.of_rank(spec.role, rank)
     resources = rank_resources(spec.placement, config.accelerator_resource)
     num_gpus = resources.pop("GPU", 0)
-    threads = {"OMP_NUM_THREADS": str(spec.placement.num_threads)}
+    variables = {"OMP_NUM_THREADS": str(spec.placement.num_threads)}
+    if not _on_gpu(spec, config):
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # else Ray leaves a process without GPUs the sight of all of them
     host = AsyncHost if spec.is_async else Host
     options: dict[str, Any] = {
         "num_cpus": resources.pop("CPU"),
         "num_gpus": num_gpus,
         "resources": resources,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        "runtime_env": {"env_vars": {**ENVIRONMENT, **threads, **(spec.environment or {})}},
+        "runtime_env": {"env_vars": {**variables, **(spec.environment or {})}},
         "max_restarts": 0,
         "max_task_retries": 0,
     }
@@ -277,7 +283,6 @@ def _spawn(spec: RoleSpec, placement: Placement, config: ClusterConfig, rank: in
 
 
 def _context(spec: RoleSpec, config: ClusterConfig, rank: int, address: str, port: int) -> RankContext:
-    accelerated = spec.placement.gpus_per_rank > 0 and config.accelerator_resource == "GPU"
     return RankContext(
         role=spec.role,
         rank=rank,
@@ -285,11 +290,39 @@ def _context(spec: RoleSpec, config: ClusterConfig, rank: int, address: str, por
         local_rank=rank % spec.placement.ranks_per_node,
         master_address=address,
         master_port=port,
-        device="cuda" if accelerated else "cpu",
+        device="cuda" if _on_gpu(spec, config) else "cpu",
         num_threads=spec.placement.num_threads,
         log_dir=spec.log_dir,
         seed=spec.seed,
     )
+
+
+def _on_gpu(spec: RoleSpec, config: ClusterConfig) -> bool:
+    return spec.placement.gpus_per_rank > 0 and config.accelerator_resource == "GPU"
+
+
+async def _next_pair(generator: ray.ObjectRefGenerator) -> Ref | None:
+    """The next item of a stream once its receipt is there; None at the end.
+
+    Ray's own asynchronous iteration awaits, and so fetches, every item; this asks for items without fetching them.
+    An error stands in the place of an item or a receipt.
+    """
+    item = await _next_object(generator)
+    if item is None:
+        return None
+    receipt = await _next_object(generator)
+    await (item if receipt is None else receipt)
+    return item
+
+
+async def _next_object(generator: ray.ObjectRefGenerator) -> Ref | None:
+    pause_s = 0.001
+    while not generator.next_ready():
+        if generator.is_finished():
+            return None
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, STREAM_POLL_S)
+    return next(generator, None)
 
 
 def _positional(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

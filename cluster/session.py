@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import SessionError
 
 logger = logging.getLogger(__name__)
+ANSWER_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def connect(config: ClusterConfig, *, num_cpus_wanted: float) -> Iterator[None]:
         SessionError: the address answers no Ray, or refuses the token.
     """
     cluster = cluster_address(config)
+    if cluster is not None:
+        _require_answer(cluster)
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if cluster is None:
@@ -63,3 +67,22 @@ def cluster_address(config: ClusterConfig) -> str | None:
     if config.address == "auto":
         return os.environ.get("RAY_ADDRESS") or None
     return config.address
+
+
+def _require_answer(address: str) -> None:
+    """Refuse at once what Ray would try for minutes: a server of another kind, or an address where nobody listens."""
+    if "://" in address:
+        raise SessionError(
+            f"{address} (from RAY_ADDRESS or cluster.address) is not a cluster's own address, which is host:port; "
+            "from outside the cluster, send the run to it with `ray job submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise SessionError(
+            f"no Ray cluster at {address} (from RAY_ADDRESS or cluster.address): {error}; start one with "
+            "`ray start --head`, or set cluster.address=local"
+        ) from error

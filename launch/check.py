@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.config import ClusterConfig, PlacementConfig
-from cluster.errors import ClusterError, SessionError
+from cluster.errors import ClusterError
 from cluster.nodes import Node, nodes
 from cluster.placement import diagnose, plan_bundles
 from cluster.session import cluster_address, connect
@@ -28,8 +27,6 @@ from launch.config import RunConfig
 from launch.errors import Problem, RunDirError
 from launch.roles import cpus_wanted
 from launch.rundir import RunDir
-
-ANSWER_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -124,32 +121,12 @@ def _nodes(cluster: ClusterConfig, cpus: float, accelerated: bool) -> list[Node]
     Raises:
         ClusterError: the cluster cannot be joined, or Ray does not start here.
     """
-    address = cluster_address(cluster)
-    if address is not None:
-        _require_answer(address)
-    elif not accelerated:
+    if cluster_address(cluster) is None and not accelerated:
         # What `connect` would start here, without starting it.
         cores = {"CPU": float(max(os.cpu_count() or 1, math.ceil(cpus)))}
         return [Node("this machine", dict(cores), dict(cores))]
     with connect(cluster, num_cpus_wanted=cpus):
         return nodes()
-
-
-def _require_answer(address: str) -> None:
-    """Ray itself tries a silent address for minutes.
-
-    Raises:
-        SessionError: nothing listens at ``address``, where that is HOST:PORT.
-    """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise SessionError(
-            f"nothing answers at {address}: {error}; the address of a running Ray head, or `local`"
-        ) from error
 
 
 def _free(node: Node, cluster: ClusterConfig) -> str:

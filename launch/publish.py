@@ -3,8 +3,8 @@
 Invariants:
 
 - Every engine gets all weights, in the order they were sent, and generation stands still meanwhile.
-- This process handles references, digests, sizes, and handles to GPU memory. It is not true yet that weights pass its
-  node by: Ray's stream fetches each bucket there before it hands the reference on (two at a time at most).
+- This process handles references, digests, sizes, and handles to GPU memory; weights go from the policy's node to the
+  engines' and pass this process's node by.
 - Engines go on only when each has agreed with the policy's manifest of the whole.
 
 Of the three ways only shared memory has been run; NCCL and CUDA-IPC wait for a GPU.

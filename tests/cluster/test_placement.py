@@ -1,4 +1,4 @@
-"""Where ranks sit: planned without Ray, and placed for real on several nodes."""
+"""Where roles are put, on real raylets; and what is said when they are not."""
 
 from __future__ import annotations
 
@@ -6,139 +6,171 @@ import asyncio
 import time
 
 import pytest
-from conftest import ENVIRONMENT, STORE_BYTES
-from echo_role import Echo
+import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 
 from cluster.config import ClusterConfig, PlacementConfig
 from cluster.errors import PlacementFailed
-from cluster.group import RoleGroup, RoleSpec
-from cluster.nodes import Node, nodes
-from cluster.placement import diagnose, place, plan_bundles
+from cluster.nodes import Node
+from cluster.placement import Placement, diagnose, place, plan_bundles
 
-CONFIG = ClusterConfig(accelerator_resource="gpu_slot", placement_timeout_s=20, call_timeout_s=30)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning",  # Ray leaves pipes of the processes it started to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::FutureWarning:ray",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets and log files of Ray's daemons
 
 
-def slots(nodes: int, ranks: int, strategy: str = "PACK", **more: object) -> PlacementConfig:
-    return PlacementConfig.model_validate(
-        {"num_nodes": nodes, "ranks_per_node": ranks, "gpus_per_rank": 1, "strategy": strategy, **more}
-    )
+def role(**values: object) -> PlacementConfig:
+    return PlacementConfig.model_validate({"cpus_per_rank": 0.5, **values})
 
 
-def node(name: str, slots: float, free: float | None = None) -> Node:
-    total = {"CPU": 4.0, "gpu_slot": slots}
-    return Node(name, total, total if free is None else {**total, "gpu_slot": free})
+async def laid_out(wanted: dict[str, PlacementConfig], config: ClusterConfig) -> tuple[Placement, dict[str, list[str]]]:
+    """The placement, and the node of every rank by role."""
+    placement = await place(plan_bundles(wanted, config.accelerator_resource), config)
+    where: dict[str, list[str]] = {}
+    for name, one in wanted.items():
+        for rank in range(one.num_ranks):
+            group, bundle = placement.of_rank(name, rank)
+            where.setdefault(name, []).append(placement_group_table(group)["bundles_to_node_id"][bundle])
+    return placement, where
 
 
-def test_a_role_gets_a_bundle_a_node() -> None:
-    (plan,) = plan_bundles({"policy": slots(2, 2)}, "gpu_slot")
-    assert plan.bundles == ({"CPU": 2.0, "gpu_slot": 2.0},) * 2
-    assert plan.bundle_of_rank == {"policy": (0, 0, 1, 1)}
-
-
-def test_colocated_roles_share_bundles_rank_by_rank() -> None:
-    halves = {role: slots(1, 2, gpus_per_rank=0.5, colocate="scorers") for role in ("reference", "reward")}
-    plans = plan_bundles({**halves, "policy": slots(1, 1)}, "gpu_slot")
-    assert [plan.name for plan in plans] == ["scorers", "policy"]
-    assert plans[0].bundles == ({"CPU": 2.0, "gpu_slot": 1.0},) * 2
-    assert plans[0].bundle_of_rank == {"reference": (0, 1), "reward": (0, 1)}
-
-
-def test_colocated_roles_need_the_same_ranks() -> None:
-    with pytest.raises(PlacementFailed, match="colocation group g: b has 3 ranks with PACK, a 2"):
-        plan_bundles({"a": slots(1, 2, colocate="g"), "b": slots(1, 3, colocate="g")}, "gpu_slot")
-
-
-def test_diagnosis_names_bundle_and_nodes() -> None:
-    plans = plan_bundles({"policy": slots(2, 2)}, "gpu_slot")
-    assert diagnose(plans, [node("a", 2), node("b", 2)], use_free=True) == []
-    assert diagnose(plans, [node("a", 2), node("b", 2, free=1)], use_free=True) == [
-        "policy bundle 1 of 2 needs 2 CPU, 2 gpu_slot: node a has 0 of 2 gpu_slot left; node b has 1 of 2 gpu_slot left"
-    ]
-    spread = plan_bundles({"policy": slots(2, 1, "STRICT_SPREAD")}, "gpu_slot")
-    (problem,) = diagnose(spread, [node("a", 4)], use_free=True)
-    assert problem.endswith("node a is ruled out by STRICT_SPREAD")
-    assert diagnose(plans, [], use_free=True)[0].endswith("the cluster has no node")
-
-
-async def all_free() -> None:
-    """Wait until what an earlier test had placed is given back: Ray does that a moment later."""
-    deadline = time.monotonic() + 20
-    while any(node.free.get("gpu_slot") != node.total.get("gpu_slot") for node in nodes()):
-        assert time.monotonic() < deadline
+async def free_again(raylets: Cluster) -> None:
+    """Wait until nothing is reserved any more."""
+    for _ in range(100):
+        if ray.available_resources().get("gpu_slot") == ray.cluster_resources()["gpu_slot"]:
+            return
         await asyncio.sleep(0.1)
-
-
-async def nodes_of(placements: dict[str, PlacementConfig], role: str) -> list[str]:
-    """On which nodes the ranks of a role really sit."""
-    await all_free()
-    placement = await place(plan_bundles(placements, "gpu_slot"), CONFIG)
-    try:
-        spec = RoleSpec(role, placements[role], 0, environment=ENVIRONMENT)
-        group = await RoleGroup.start(Echo, spec, placement, CONFIG, (0,))
-        answers = await group.call(Echo.where)
-        assert all(any(name.startswith("gpu_slot") for name in assigned) for _, assigned in answers)
-        return [where for where, _ in answers]
-    finally:
-        placement.release()
+    raise AssertionError(f"still reserved: {ray.available_resources()}")
 
 
 @pytest.mark.parametrize(
-    ("placement", "num_nodes"),
-    [
-        (slots(1, 2), 1),
-        (slots(2, 1, "STRICT_PACK"), 1),
-        (slots(2, 2), 2),
-        (slots(3, 1, "SPREAD"), 3),
-        (slots(2, 1, "STRICT_SPREAD"), 2),
-    ],
-    ids=["one node", "strictly one", "a bundle a node", "spread", "strictly spread"],
+    ("strategy", "num_nodes_used"), [("PACK", 1), ("STRICT_PACK", 1), ("SPREAD", 2), ("STRICT_SPREAD", 2)]
 )
-async def test_ranks_sit_as_configured(ray_cluster: Cluster, placement: PlacementConfig, num_nodes: int) -> None:
-    where = await nodes_of({"policy": placement}, "policy")
-    assert len(set(where)) == num_nodes
-    for first in range(0, len(where), placement.ranks_per_node):
-        assert len(set(where[first : first + placement.ranks_per_node])) == 1
-
-
-async def test_colocated_ranks_sit_side_by_side(ray_cluster: Cluster) -> None:
-    roles = {
-        role: slots(1, 3, gpus_per_rank=0.5, colocate="scorers", strategy="SPREAD") for role in ("reference", "reward")
-    }
-    await all_free()
-    placement = await place(plan_bundles(roles, "gpu_slot"), CONFIG)
+async def test_strategies(raylets: Cluster, config: ClusterConfig, strategy: str, num_nodes_used: int) -> None:
+    wanted = {"policy": role(num_nodes=2, ranks_per_node=2, gpus_per_rank=1, strategy=strategy)}
+    placement, where = await laid_out(wanted, config)
     try:
-        specs = [RoleSpec(role, roles[role], 0, environment=ENVIRONMENT) for role in roles]
-        groups = [await RoleGroup.start(Echo, spec, placement, CONFIG, (0,)) for spec in specs]
-        seats = [await group.call(Echo.where) for group in groups]
+        nodes = where["policy"]
+        assert len(set(nodes)) == num_nodes_used
+        assert nodes[0] == nodes[1] and nodes[2] == nodes[3], "the ranks of one node slot stand on one node"
     finally:
         placement.release()
-    assert [node for node, _ in seats[0]] == [node for node, _ in seats[1]]
-    assert len({node for node, _ in seats[0]}) == 3
+    await free_again(raylets)
 
 
-async def test_what_does_not_fit_is_refused_with_the_reason(ray_cluster: Cluster) -> None:
-    config = CONFIG.model_copy(update={"placement_timeout_s": 2.0})
-    began = time.monotonic()
-    with pytest.raises(PlacementFailed, match="no place for policy within 2 s") as refused:
-        await place(plan_bundles({"reward": slots(1, 1), "policy": slots(1, 3)}, "gpu_slot"), config)
-    assert time.monotonic() - began < 10
-    assert "policy bundle 0 of 1 needs 3 CPU, 3 gpu_slot" in str(refused.value)
-    assert str(refused.value).count("of 2 gpu_slot left") == 3
-    # What was placed is given back: the whole cluster is free again.
-    assert len(set(await nodes_of({"policy": slots(3, 2)}, "policy"))) == 3
+async def test_each_role_has_its_own_group(raylets: Cluster, config: ClusterConfig) -> None:
+    wanted = {name: role(ranks_per_node=4, gpus_per_rank=1) for name in ("policy", "critic")}
+    placement, where = await laid_out(wanted, config)
+    try:
+        assert placement.of_rank("policy", 0)[0].id != placement.of_rank("critic", 0)[0].id
+        assert set(where["policy"]).isdisjoint(where["critic"]), "four accelerators each: a node each"
+        assert ray.available_resources().get("gpu_slot", 0) == 0
+    finally:
+        placement.release()
+    await free_again(raylets)
 
 
-async def test_placed_when_a_node_joins_in_time(ray_cluster: Cluster) -> None:
-    waiting = asyncio.ensure_future(place(plan_bundles({"policy": slots(1, 4)}, "gpu_slot"), CONFIG))
+async def test_colocated_roles_share_bundles_rank_by_rank(raylets: Cluster, config: ClusterConfig) -> None:
+    half = role(num_nodes=2, ranks_per_node=2, gpus_per_rank=0.5, colocate="shared", strategy="STRICT_SPREAD")
+    placement, where = await laid_out({"policy": half, "rollout": half}, config)
+    try:
+        assert where["policy"] == where["rollout"]
+        assert where["policy"][0] == where["policy"][1] != where["policy"][2] == where["policy"][3]
+        assert placement.of_rank("policy", 0)[0].id == placement.of_rank("rollout", 0)[0].id
+        assert ray.available_resources()["gpu_slot"] == 4, "four ranks of two roles on four accelerators"
+    finally:
+        placement.release()
+    await free_again(raylets)
+
+
+async def test_refused_with_the_reason(raylets: Cluster, config: ClusterConfig) -> None:
+    wanted = {"policy": role(ranks_per_node=5, gpus_per_rank=1), "reward": role(gpus_per_rank=1)}
+    started = time.monotonic()
+    with pytest.raises(PlacementFailed) as failed:
+        await laid_out(wanted, config.model_copy(update={"placement_timeout_s": 1}))
+    assert time.monotonic() - started < 4
+    message = str(failed.value)
+    assert "no place for policy within 1 s" in message
+    assert "policy bundle 0 of 1 needs" in message and "5 gpu_slot" in message
+    assert message.count("of 4 gpu_slot left") == 2 and "reward bundle" not in message
+    await free_again(raylets)
+
+
+async def test_strict_spread_over_too_few_nodes(raylets: Cluster, config: ClusterConfig) -> None:
+    wanted = {"rollout": role(num_nodes=3, gpus_per_rank=1, strategy="STRICT_SPREAD")}
+    with pytest.raises(PlacementFailed, match="ruled out by STRICT_SPREAD"):
+        await laid_out(wanted, config.model_copy(update={"placement_timeout_s": 1}))
+    await free_again(raylets)
+
+
+async def test_placed_when_a_node_joins(raylets: Cluster, config: ClusterConfig) -> None:
+    wanted = {"rollout": role(num_nodes=3, gpus_per_rank=1, strategy="STRICT_SPREAD")}
+    waiting = asyncio.create_task(laid_out(wanted, config))
     await asyncio.sleep(1)
     assert not waiting.done()
-    joined = ray_cluster.add_node(num_cpus=4, resources={"gpu_slot": 4}, object_store_memory=STORE_BYTES)
-    placement = await waiting
-    placement.release()
-    ray_cluster.remove_node(joined)
+    # Blocks the loop for a second: Ray adds nodes in the main thread only.
+    node = raylets.add_node(num_cpus=1, resources={"gpu_slot": 1}, object_store_memory=80 << 20)
+    try:
+        placement, where = await waiting
+        placement.release()
+        assert len(set(where["rollout"])) == 3
+    finally:
+        waiting.cancel()
+        raylets.remove_node(node)
+    await free_again(raylets)
+
+
+async def test_a_cancelled_wait_keeps_nothing(raylets: Cluster, config: ClusterConfig) -> None:
+    wanted = {"policy": role(gpus_per_rank=1), "rollout": role(ranks_per_node=5, gpus_per_rank=1)}
+    waiting = asyncio.create_task(laid_out(wanted, config))
+    await asyncio.sleep(1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await free_again(raylets)
+
+
+async def test_ranks_of_a_colocation_group_share_gpus_in_pairs(raylets: Cluster, config: ClusterConfig) -> None:
+    node = raylets.add_node(num_cpus=4, num_gpus=4, object_store_memory=80 << 20)
+    half = role(ranks_per_node=2, gpus_per_rank=0.5, colocate="shared")
+    wanted = {"policy": half, "rollout": half, "reward": role(ranks_per_node=2, gpus_per_rank=0.5)}
+    try:
+        placement, _ = await laid_out(wanted, config.model_copy(update={"accelerator_resource": "GPU"}))
+        devices = {name: [placement.devices_of(name, rank) for rank in range(2)] for name in wanted}
+        placement.release()
+    finally:
+        raylets.remove_node(node)
+    assert devices["policy"] == devices["rollout"]
+    assert len(set(devices["policy"])) == 2, "two ranks of one role on two GPUs"
+    assert len(set(devices["reward"])) == 1 and not set(devices["reward"]) & set(devices["policy"])
+
+
+def test_diagnose_names_bundle_node_and_lack() -> None:
+    plan = plan_bundles({"policy": role(num_nodes=2, ranks_per_node=2, gpus_per_rank=1)}, "GPU")
+    nodes = [
+        Node("10.0.0.3", {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 1}),
+        Node("10.0.0.4", {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}),
+    ]
+    assert diagnose(plan, nodes, use_free=False) == []
+    (reason,) = diagnose(plan, nodes, use_free=True)
+    assert reason == (
+        "policy bundle 1 of 2 needs 1 CPU, 2 GPU: node 10.0.0.3 has 1 of 4 GPU left; node 10.0.0.4 has 0 of 4 GPU left"
+    )
+
+
+def test_colocated_roles_of_other_shape_are_refused() -> None:
+    wanted = {"policy": role(ranks_per_node=2, colocate="a"), "critic": role(ranks_per_node=1, colocate="a")}
+    with pytest.raises(PlacementFailed, match="critic has"):
+        plan_bundles(wanted, "GPU")
+
+
+def test_a_role_may_not_share_its_name_with_a_group() -> None:
+    wanted = {"policy": role(), "critic": role(colocate="policy"), "reward": role(colocate="policy")}
+    with pytest.raises(PlacementFailed, match="policy"):
+        plan_bundles(wanted, "GPU")
+
+
+def test_diagnose_a_strategy_and_an_empty_cluster() -> None:
+    spread = plan_bundles({"rollout": role(num_nodes=2, gpus_per_rank=1, strategy="STRICT_SPREAD")}, "GPU")
+    (reason,) = diagnose(spread, [Node("a", {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4})], use_free=True)
+    assert reason.endswith("node a is ruled out by STRICT_SPREAD")
+    assert diagnose(spread, [], use_free=True)[0].endswith("the cluster has no node")
