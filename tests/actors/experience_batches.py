@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import torch
 
@@ -80,6 +82,6 @@ def comparisons(num_pairs: int, seed: int = 0) -> pa.RecordBatch:
     )
 
 
-def rows_of(batches: list[pa.RecordBatch], name: str) -> list[list[float]]:
+def rows_of(batches: list[pa.RecordBatch], name: str) -> list[Any]:
     """A column's rows over several batches."""
     return [row for batch in batches for row in batch.column(name).to_pylist()]

@@ -52,7 +52,7 @@ def test_pairwise_by_hand() -> None:
     chosen_N = torch.tensor([LN3, 0.0, 5.0], dtype=torch.float64, requires_grad=True)
     rejected_N = torch.tensor([0.0, LN3, 5.0], dtype=torch.float64, requires_grad=True)
     loss, metrics = pairwise_loss(chosen_N, rejected_N, denominator=3)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert float(loss.detach()) == pytest.approx(0.789041, abs=1e-6)
     assert chosen_N.grad is not None and rejected_N.grad is not None
     assert chosen_N.grad.tolist() == pytest.approx([-0.25 / 3, -0.75 / 3, -0.5 / 3])
@@ -376,7 +376,7 @@ def test_accuracy_counts_equal_slow_code() -> None:
     parts = [prompts_of(batch, order, same_order) for order in ([0, 1, 2, 3], [4, 5, 6, 7, 8])]
     cut = [
         accuracy_counts(part.scores_N, part.ranks_N, part.offsets, buckets, 4)
-        for part, buckets in zip(parts, buckets_P.split([4, 5]), strict=True)
+        for part, buckets in zip(parts, torch.split(buckets_P, [4, 5]), strict=True)
     ]
     torch.testing.assert_close(cut[0] + cut[1], counts)
     total, right = counts.sum(0).tolist()
