@@ -39,10 +39,10 @@ def head(home: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     }
     environment.pop("RAY_ADDRESS", None)
     ports = (f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}")
-    words = ("ray", "start", "--head", "--block", *ports, "--num-cpus=8")
+    start = ("ray", "start", "--head", "--block", *ports, "--num-cpus=8")
     log = tmp_path / "head.log"
     with log.open("w") as output:
-        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(start, env=environment, stdout=output, stderr=output)
     submit = {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     try:
         deadline = time.monotonic() + 90

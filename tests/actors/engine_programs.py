@@ -125,7 +125,7 @@ def diverge(own: RankContext, folder: Path, stage: int, dtype: str, bad: str) ->
             total = total * float("nan") if bad == "loss" else total + (total - total.detach()).clamp(min=0).sqrt()
         return total, metrics
 
-    messages = []
+    messages: list[str] = []
     for micro_batches, where in ((deal(rows, own, 4), "iteration 5, minibatch 2"), (deal(rows, own, 4), "again")):
         try:
             engine.step(micro_batches, loss if not messages else good, 1e-2, where)

@@ -69,7 +69,8 @@ class Ranks:
         """Results by rank; the first failure as an AssertionError with its traceback."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        results, failures = [], []
+        results: list[Any] = []
+        failures: list[str] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
                 failures.append(f"rank {rank} is silent")

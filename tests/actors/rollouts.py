@@ -129,7 +129,8 @@ def response(row: Mapping[str, Any]) -> list[int]:
 @torch.no_grad()
 def logprobs(model: Any, row: Mapping[str, Any], temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
     """Log-probs of a sample's response, one forward without a cache; truncation by hand, token by token."""
-    logits = model(torch.tensor([row["tokens"]])).logits[0, row["num_prompt_tokens"] - 1 : -1].double() / temperature
+    given: torch.Tensor = model(torch.tensor([row["tokens"]])).logits[0, row["num_prompt_tokens"] - 1 : -1]
+    logits = given.double() / temperature
     kept = torch.zeros_like(logits, dtype=torch.bool)
     for place, line in enumerate(logits.softmax(-1)):
         total = 0.0

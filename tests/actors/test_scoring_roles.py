@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -43,7 +44,7 @@ def alone_scores(folder: Path, batches: list[pa.RecordBatch]) -> list[list[float
         return [model.score(model.model(row[None]).last_hidden_state)[0, :, 0].tolist() for row in rows]
 
 
-def joined(results: list[tuple[pa.RecordBatch, object]], name: str) -> list[list[float]]:
+def joined(results: list[tuple[pa.RecordBatch, object]], name: str) -> list[Any]:
     return rows_of([batch for batch, _ in results], name)
 
 

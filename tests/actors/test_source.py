@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,7 +32,7 @@ CONTEXT = RankContext(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     words = {word: number for number, word in enumerate(["</s>", "list", "sorted", *map(str, range(40))])}
     raw = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -41,14 +42,14 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def preferences(tmp_path):
+def preferences(tmp_path: Path) -> str:
     path = tmp_path / "preferences.jsonl"
     rows = [{"prompt": f"list {n}", "chosen": f" {n}", "rejected": " 0 0"} for n in range(1, 31)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
 
-def test_prompts_are_drawn_and_drawn_again_from_a_cursor(model, preferences):
+def test_prompts_are_drawn_and_drawn_again_from_a_cursor(model: ModelConfig, preferences: str) -> None:
     source = SourceActor(CONTEXT, DataConfig(train=preferences, max_tokens=8), "prompts", model, seed=3)
     description = pickle.loads(pickle.dumps(source.describe()))
     assert (description.num_rows, description.num_heldout_rows, description.longest) == (30, 0, 2)
@@ -64,7 +65,7 @@ def test_prompts_are_drawn_and_drawn_again_from_a_cursor(model, preferences):
     assert len(set(first_epoch)) == 30
 
 
-def test_comparisons_count_as_one_row_of_two(model, preferences):
+def test_comparisons_count_as_one_row_of_two(model: ModelConfig, preferences: str) -> None:
     config = DataConfig(train=preferences, max_tokens=8, heldout_fraction=0.3)
     source = SourceActor(CONTEXT, config, "comparisons", model, seed=0)
     description = source.describe()
@@ -79,13 +80,13 @@ def test_comparisons_count_as_one_row_of_two(model, preferences):
     assert [row for part in parts for row in part.to_pylist()] == heldout.to_pylist()
 
 
-def test_no_held_out_rows_are_an_empty_batch(model, preferences):
+def test_no_held_out_rows_are_an_empty_batch(model: ModelConfig, preferences: str) -> None:
     source = SourceActor(CONTEXT, DataConfig(train=preferences, max_tokens=8), "comparisons", model, seed=0)
     batch, info = source.heldout()
     assert (batch.num_rows, info.num_rows) == (0, 0)
 
 
-def test_failures_say_what_is_wrong(model, preferences, tmp_path):
+def test_failures_say_what_is_wrong(model: ModelConfig, preferences: str, tmp_path: Path) -> None:
     config = DataConfig(train=preferences, max_tokens=8)
     with pytest.raises(TokenizerError, match=f"tokenizer {tmp_path}/absent: no such folder"):
         SourceActor(CONTEXT, config, "prompts", ModelConfig(path=str(tmp_path / "absent")), seed=0)

@@ -55,7 +55,8 @@ def plain(folder: Path, weights: dict[str, Tensor]) -> Tensor:
     model = programs.model_of(programs.config(folder, 0))
     missing, unexpected = model.network.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    return model(*engine_programs.pack(engine_programs.batch(100))).detach()
+    logits: Tensor = model(*engine_programs.pack(engine_programs.batch(100)))
+    return logits.detach()
 
 
 def require_same(logits: Tensor, expected: Tensor) -> None:

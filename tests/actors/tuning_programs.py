@@ -188,4 +188,6 @@ def reference_scores(
     own: RankContext, folder: Path, stage: int, temperature: float, rollouts: list[pa.RecordBatch]
 ) -> list[list[float]]:
     """What the base of a trained policy gives this rank's rows."""
-    return policy(own, folder, stage, "lora", temperature).score_reference(rollouts)[0].column(1).to_pylist()
+    batch, _ = policy(own, folder, stage, "lora", temperature).score_reference(rollouts)
+    logprobs: list[list[float]] = batch.column(1).to_pylist()
+    return logprobs

@@ -83,7 +83,7 @@ def test_neither_order_nor_names_nor_other_groups_matter(estimator: Estimator) -
     order = torch.randperm(len(ids_N), generator=torch.Generator().manual_seed(9))
     torch.testing.assert_close(estimator(scores_N[order], ids_N[order]), whole_N[order])
     torch.testing.assert_close(estimator(scores_N, 1000 - ids_N), whole_N)
-    for prompt in ids_N.unique():
+    for prompt in torch.unique(ids_N):
         own = ids_N == prompt
         assert torch.equal(estimator(scores_N[own], ids_N[own]), whole_N[own])
     scores_N[ids_N == 8] = torch.nan
@@ -95,7 +95,7 @@ def test_a_shift_of_scores_does_not_matter_and_groups_sum_to_zero(estimator: Est
     scores_N, ids_N = random_scores()
     got_N = estimator(scores_N, ids_N)
     torch.testing.assert_close(estimator(scores_N + 1000.0 * ids_N.sign(), ids_N), got_N, rtol=1e-9, atol=1e-9)
-    for prompt in ids_N.unique():
+    for prompt in torch.unique(ids_N):
         assert float(got_N[ids_N == prompt].sum()) == pytest.approx(0, abs=1e-12)
 
 

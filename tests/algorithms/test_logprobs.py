@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_lower_precision_is_raised(dtype: torch.dtype) -> None:
     assert entropy(logits_TV).dtype == torch.float32
     expected = token_logprobs(logits_TV.detach().double(), targets_T, 0.9)
     torch.testing.assert_close(got.detach().double(), expected, atol=2e-6, rtol=1e-6)
-    got.sum().backward()
+    torch.autograd.backward(got.sum())
     assert logits_TV.grad is not None
     assert logits_TV.grad.dtype == dtype
     wanted = torch.nn.functional.one_hot(targets_T, 300) - (logits_TV.detach().double() / 0.9).softmax(-1)
@@ -126,7 +128,7 @@ def test_large_and_infinite_logits() -> None:
     logprobs_T, entropy_T = token_logprobs(logits_TV, torch.tensor([0, 0])), entropy(logits_TV)
     torch.testing.assert_close(logprobs_T, torch.tensor([math.log(0.75), 0.0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(entropy_T[1], torch.tensor(0.0))
-    (logprobs_T.sum() + entropy_T.sum()).backward()
+    torch.autograd.backward(logprobs_T.sum() + entropy_T.sum())
     assert logits_TV.grad is not None
     assert bool(logits_TV.grad.isfinite().all())
 
@@ -135,7 +137,7 @@ def test_no_tokens() -> None:
     """A rank whose pack is empty still runs forward and backward."""
     logits_TV = torch.zeros(0, 5, requires_grad=True)
     total = token_logprobs(logits_TV, torch.zeros(0, dtype=torch.int64)).sum() + entropy(logits_TV).sum()
-    total.backward()
+    torch.autograd.backward(total)
     assert logits_TV.grad is not None
     assert logits_TV.grad.shape == (0, 5)
 
@@ -144,22 +146,24 @@ def test_rows_may_be_strided() -> None:
     logits_TV, targets_T = random_logits(6, 8)
     strided = logits_TV.t().contiguous().t().requires_grad_()
     assert not strided.is_contiguous()
-    token_logprobs(strided, targets_T).sum().backward()
+    torch.autograd.backward(token_logprobs(strided, targets_T).sum())
     plain = logits_TV.clone().requires_grad_()
-    token_logprobs(plain, targets_T).sum().backward()
+    torch.autograd.backward(token_logprobs(plain, targets_T).sum())
     assert strided.grad is not None and plain.grad is not None
     torch.testing.assert_close(strided.grad, plain.grad)
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in PyTorch
     """Notes the largest tensor that any operation makes, and how many of the logits' size."""
 
     def __init__(self, full_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.full_size = full_size
         self.num_full = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         known = {part.untyped_storage().data_ptr() for part in args if isinstance(part, Tensor)}
         for part in result if isinstance(result, tuple | list) else (result,):
@@ -176,7 +180,7 @@ def test_makes_nothing_of_the_logits_size_but_their_gradient(function: str, monk
     with LargestTensor(logits_TV.numel()) as forward:
         made = token_logprobs(logits_TV, targets_T) if function == "token_logprobs" else entropy(logits_TV)
     with LargestTensor(logits_TV.numel()) as backward:
-        made.sum().backward()
+        torch.autograd.backward(made.sum())
     assert (forward.num_full, backward.num_full) == (0, 1)
     with LargestTensor(logits_TV.numel()) as naive:
         logits_TV.float().log_softmax(-1)

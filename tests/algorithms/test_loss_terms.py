@@ -124,7 +124,11 @@ def test_kl_equals_slow_code(estimator: Estimator) -> None:
     values, slopes = [], []
     for p, q in zip(policy_T.tolist(), ref_T.tolist(), strict=True):
         ratio = torch.tensor(q - p, dtype=torch.float64).exp().item()
-        by_estimator = {k1: (p - q, 1.0), k2: ((p - q) ** 2 / 2, p - q), k3: (ratio - 1 - (q - p), 1 - ratio)}
+        by_estimator: dict[Estimator, tuple[float, float]] = {
+            k1: (p - q, 1.0),
+            k2: ((p - q) ** 2 / 2, p - q),
+            k3: (ratio - 1 - (q - p), 1 - ratio),
+        }
         value, slope = by_estimator[estimator]
         values.append(value)
         slopes.append(slope)
@@ -168,7 +172,7 @@ def test_kl_does_not_overflow(estimator: Estimator, gap: float) -> None:
     assert float(gradient) > 0 if estimator is k1 or gap < 0 else float(gradient) < 0, "it still pulls to the reference"
 
 
-def terms(name: str, policy_T: Tensor, other_T: Tensor, weights_T: Tensor, denominator: float) -> Loss:
+def terms(name: str, policy_T: Tensor, other_T: Tensor, weights_T: Tensor, *, denominator: float) -> Loss:
     if name == "entropy":
         return entropy_bonus(policy_T, coefficient=0.1, weights_T=weights_T, denominator=denominator)
     if name == "kl":
@@ -180,9 +184,10 @@ def terms(name: str, policy_T: Tensor, other_T: Tensor, weights_T: Tensor, denom
 def test_parts_add_up_to_the_whole(name: str) -> None:
     inputs = random_tokens(3)
     inputs[0].requires_grad_()
-    loss, metrics = terms(name, *inputs, NUM_TOKENS)
+    loss, metrics = terms(name, *inputs, denominator=NUM_TOKENS)
     parts = [
-        terms(name, *(tensor[a:b] for tensor in inputs), NUM_TOKENS) for a, b in pairwise([0, 3, 3, 12, NUM_TOKENS])
+        terms(name, *(tensor[a:b] for tensor in inputs), denominator=NUM_TOKENS)
+        for a, b in pairwise([0, 3, 3, 12, NUM_TOKENS])
     ]
     assert float(sum(part[0].detach() for part in parts)) == pytest.approx(float(loss.detach()))
     for key in metrics:
@@ -191,21 +196,21 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
     together = torch.autograd.grad(sum((part[0] for part in parts), torch.zeros(())), inputs[0])[0]
     torch.testing.assert_close(together, torch.autograd.grad(loss, inputs[0])[0])
     order = torch.randperm(NUM_TOKENS, generator=torch.Generator().manual_seed(1))
-    moved, _ = terms(name, *(tensor[order] for tensor in inputs), NUM_TOKENS)
+    moved, _ = terms(name, *(tensor[order] for tensor in inputs), denominator=NUM_TOKENS)
     assert float(moved.detach()) == pytest.approx(float(loss.detach()))
 
 
 @pytest.mark.parametrize("name", ["entropy", "kl", "pretraining"])
 def test_nothing_and_refusals(name: str) -> None:
     none = torch.zeros(0, requires_grad=True)
-    loss, metrics = terms(name, none, none, none, 5)
+    loss, metrics = terms(name, none, none, none, denominator=5)
     assert float(loss.detach()) == 0 and {float(metric) for metric in metrics.values()} == {0.0}
     assert torch.autograd.grad(loss, none)[0].shape == (0,)
     one = torch.zeros(1)
     with pytest.raises(ShapeMismatch, match="vectors of one length"):
-        terms(name, one, one, one[:, None], 5)
+        terms(name, one, one, one[:, None], denominator=5)
     with pytest.raises(AlgorithmError, match="a loss is divided by -1"):
-        terms(name, one, one, one, -1)
+        terms(name, one, one, one, denominator=-1)
 
 
 def test_only_the_policy_is_moved_by_the_kl() -> None:
@@ -295,7 +300,7 @@ def test_the_mixed_gradient_is_that_of_the_summed_objective() -> None:
     surrogate = torch.cat([torch.minimum(r * a, r.clamp(0.8, 1.2) * a) for r, a in zip(plain, advantages, strict=True)])
     objective = -surrogate.mean() - 27.8 * torch.cat([model.logprobs(tokens) for tokens in texts]).mean()
     model.zero_grad()
-    objective.backward()
+    torch.autograd.backward(objective)
     expected = gradients(model)
     assert len(expected) == 3 and all(bool(gradient.any()) for gradient in expected)
 
@@ -303,7 +308,7 @@ def test_the_mixed_gradient_is_that_of_the_summed_objective() -> None:
     for order in (steps, [steps[at] for at in (7, 0, 3, 5, 1, 6, 2, 4)]):
         model.zero_grad()
         for term, row in order:
-            term(row).backward()
+            torch.autograd.backward(term(row))
         for got, wanted in zip(gradients(model), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 

@@ -40,7 +40,7 @@ def test_next_token_by_hand() -> None:
 def test_next_token_ignores_what_is_masked() -> None:
     logprobs_T = torch.tensor([-1.0, -torch.inf, -3.0], requires_grad=True)
     loss, _ = next_token_loss(logprobs_T, torch.tensor([True, False, True]), 4)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert float(loss.detach()) == 1.0
     assert logprobs_T.grad is not None
     assert logprobs_T.grad.tolist() == [-0.25, 0.0, -0.25]
@@ -62,7 +62,7 @@ def test_policy_by_hand() -> None:
     policy_T = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
     advantages_T = torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
     loss, metrics = clipped_policy_loss(policy_T, -1 - ratio.log(), advantages_T, clip_ratio=0.2, denominator=4)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert float(loss.detach()) == pytest.approx(0.3)
     assert policy_T.grad is not None
     assert policy_T.grad.tolist() == pytest.approx([0.0, 0.75, -0.25, 0.0])
@@ -77,7 +77,7 @@ def test_first_minibatch_is_plain_policy_gradient() -> None:
     loss, metrics = clipped_policy_loss(
         policy_T, policy_T.detach().clone(), advantages_T, clip_ratio=0.2, denominator=NUM_TOKENS
     )
-    loss.backward()
+    torch.autograd.backward(loss)
     assert policy_T.grad is not None
     torch.testing.assert_close(policy_T.grad, -advantages_T / NUM_TOKENS)
     assert float(metrics["ratio"]) == pytest.approx(1.0, abs=1e-14)
@@ -143,7 +143,7 @@ def test_value_by_hand() -> None:
     values_T = torch.tensor([0.5, 0.5, 0.1, -0.5], dtype=torch.float64, requires_grad=True)
     returns_T = torch.tensor([1.0, 0.0, 1.0, -1.0], dtype=torch.float64)
     loss, metrics = clipped_value_loss(values_T, torch.zeros_like(returns_T), returns_T, clip_value=0.2, denominator=4)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert values_T.grad is not None
     assert values_T.grad.tolist() == pytest.approx([0.0, 0.125, -0.225, 0.0])
     expected = {"value_loss": 0.2925, "value_clip_fraction": 0.5, "value": 0.15}

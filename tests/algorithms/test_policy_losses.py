@@ -48,8 +48,13 @@ class Batch:
     def rows(self, rows: list[int]) -> Batch:
         bounds = self.offsets.tolist()
         tokens = torch.tensor([t for row in rows for t in range(bounds[row], bounds[row + 1])], dtype=torch.int64)
-        parts = (self.policy_T, self.behaviour_T, self.advantages_T, self.weights_T)
-        return Batch(*(part[tokens] for part in parts), tuple(self.lengths[row] for row in rows))
+        return Batch(
+            self.policy_T[tokens],
+            self.behaviour_T[tokens],
+            self.advantages_T[tokens],
+            self.weights_T[tokens],
+            tuple(self.lengths[row] for row in rows),
+        )
 
 
 def random_batch(seed: int = 0) -> Batch:
@@ -67,17 +72,17 @@ def random_batch(seed: int = 0) -> Batch:
 def evaluate(name: str, batch: Batch, denominator: float = NUM_TOKENS) -> Loss:
     first = (batch.policy_T, batch.behaviour_T, batch.advantages_T)
     rest: dict[str, Any] = {"weights_T": batch.weights_T, "denominator": denominator}
-    bounds = {"clip_low": LOW, "clip_high": HIGH}
+    bounded = {"clip_low": LOW, "clip_high": HIGH, **rest}
     if name == "clip_higher":
-        return clip_higher_loss(*first, **bounds, **rest)
+        return clip_higher_loss(*first, **bounded)
     if name == "dual_clip":
-        return dual_clip_loss(*first, **bounds, clip_dual=DUAL, **rest)
+        return dual_clip_loss(*first, clip_dual=DUAL, **bounded)
     if name == "gspo":
-        return gspo_loss(*first, batch.offsets, **bounds, **rest)
+        return gspo_loss(*first, batch.offsets, **bounded)
     if name == "gspo_token":
-        return gspo_token_loss(*first, batch.offsets, **bounds, **rest)
+        return gspo_token_loss(*first, batch.offsets, **bounded)
     if name == "cispo":
-        return cispo_loss(*first, **bounds, **rest)
+        return cispo_loss(*first, **bounded)
     return reinforce_loss(*first, **rest)
 
 

@@ -38,7 +38,7 @@ from tests.algorithms.slow import offsets_of
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 
 
-def one_pair(policy_w: float, policy_v: float, ref_w: float = 0.0, ref_v: float = 0.0, lengths: int = 1) -> Inputs:
+def one_pair(policy_w: float, policy_v: float, ref_w: float = 0.0, ref_v: float = 0.0, *, lengths: int = 1) -> Inputs:
     numbers = [torch.tensor([x], dtype=torch.float64) for x in (policy_w, policy_v, ref_w, ref_v)]
     return following([*numbers, torch.tensor([lengths]), torch.tensor([lengths])])
 

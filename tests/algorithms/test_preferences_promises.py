@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from algorithms.errors import AlgorithmError, ShapeMismatch
 from algorithms.preferences import (
@@ -75,8 +77,9 @@ def test_gradients_flow_into_the_policy_alone(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_refuses_what_would_broadcast(name: str) -> None:
     used = {"nll": [0, 4], "simpo": [0, 1, 4, 5], "orpo": [0, 1, 4, 5], "slic": [0, 1], "reference_free": [0, 1]}
+    wrongs: list[Callable[[Tensor], Tensor]] = [lambda x: x[:, None], lambda x: x[:1]]
     for index in used.get(name, [0, 1, 2, 3]):
-        for wrong in (lambda x: x[:, None], lambda x: x[:1]):
+        for wrong in wrongs:
             inputs = random_pairs()
             inputs[index] = wrong(inputs[index])
             with pytest.raises(ShapeMismatch, match="vectors of one length"):

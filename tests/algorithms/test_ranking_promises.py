@@ -161,7 +161,8 @@ def test_refuses_prompts_of_wrong_shape(function: Callable[[Ranked], Loss]) -> N
         function(batch._replace(scores_N=batch.scores_N[:, None]))
     with pytest.raises(ShapeMismatch, match="they must rise from 0 to the"):
         function(batch._replace(offsets=batch.offsets[:-1], margins_P=batch.margins_P[1:], best_P=batch.best_P[1:]))
-    wrong = {_kwise: "margins_P", _best_of: "best_P"}.get(function)
+    others: dict[Callable[[Ranked], Loss], str] = {_kwise: "margins_P", _best_of: "best_P"}
+    wrong = others.get(function)
     if wrong:
         with pytest.raises(ShapeMismatch, match="vectors of one length"):
             function(batch._replace(**{wrong: torch.zeros(1, dtype=torch.int64)}))

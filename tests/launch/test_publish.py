@@ -58,8 +58,10 @@ class Ranks:
         self._calls.append((method.__name__, args))
         await asyncio.sleep(0)
         self._calls.append((f"{method.__name__} done", None))
-        answer = self._answers.get(method.__name__)
-        return answer.pop(0) if method.__name__ == "share_next" else answer or [None] * self.num_ranks
+        if method.__name__ == "share_next":
+            shared: list[Any] = self._answers["share_next"].pop(0)
+            return shared
+        return self._answers.get(method.__name__) or [None] * self.num_ranks
 
     async def call_one(self, rank: int, method: Callable[..., Any], *args: Any) -> Any:
         return (await self.call(method, *args))[rank]
