@@ -1,4 +1,4 @@
-"""The learner: the one trained role of pre-training, SFT and reward models.
+"""The learner: the one trained role of pre-training, SFT, reward models and preference optimisation.
 
 Invariant: loss and gradient of an update are those of its whole batch, whatever the number of ranks and packs.
 """
@@ -6,29 +6,40 @@ Invariant: loss and gradient of an update are those of its whole batch, whatever
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
+import xxhash
 from torch import Tensor, nn
 
+from actors.comparisons import ComparisonPack
 from actors.config import TrainedRoleConfig
 from actors.deepspeed_engine import TrainEngine
+from actors.errors import RoleError
 from actors.models import load_tokenizer
-from actors.objectives import SupervisedBatch, SupervisedPack, objective_for
-from actors.reports import TrainReport
+from actors.objectives import LearningBatch, LossAndMetrics, NextToken, Objective
+from actors.packed import in_row_order, scoring_packs
+from actors.preference import PairBatch, Preference, ReferenceLogprobs, response_sums
+from actors.ranking import RewardRanking
+from actors.reports import ColumnInfo, TrainReport
 from actors.updates import scheduled_rate
-from algorithms.config import SupervisedConfig
+from algorithms.config import LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 from experience.packing import plan_packs
+from experience.schema import REF_SEQUENCE_LOGPROBS, make_batch
+
+_DIGEST_BUCKET_BYTES = 256 << 20
 
 
 class LearnerActor:
     """One rank of the learner."""
 
     def __init__(
-        self, context: RankContext, config: TrainedRoleConfig, algorithm: SupervisedConfig, seed: int
+        self, context: RankContext, config: TrainedRoleConfig, algorithm: LearningConfig, seed: int
     ) -> None:
         """Load the model and shard it over the ranks. Collective.
 
@@ -37,7 +48,7 @@ class LearnerActor:
         """
         self._context = context
         self._config = config
-        self._objective = objective_for(algorithm.name)
+        self._objective = objective_for(algorithm)
         self._tokenizer = load_tokenizer(config.model)
         self._engine = TrainEngine(self._objective.load(config.model, seed), context, config)
 
@@ -52,7 +63,7 @@ class LearnerActor:
         started = time.perf_counter()
         prepared = self._objective.batch([batch])
 
-        def loss(model: nn.Module, pack: SupervisedPack) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(model: nn.Module, pack: Any) -> LossAndMetrics:
             return self._objective.loss(model, pack, prepared.denominator)
 
         rate = scheduled_rate(self._config.optimizer, update, num_updates)
@@ -70,8 +81,8 @@ class LearnerActor:
         prepared = self._objective.batch(batches)
         sums: list[dict[str, float]] = []
 
-        def function(model: nn.Module, pack: SupervisedPack) -> Tensor:
-            loss, metrics = self._objective.loss(model, pack, prepared.denominator)
+        def function(model: nn.Module, pack: Any) -> Tensor:
+            loss, metrics = self._objective.heldout_loss(model, pack, prepared.denominator)
             sums.append({name: float(value) for name, value in {"loss": loss, **metrics}.items()})
             return loss
 
@@ -91,7 +102,88 @@ class LearnerActor:
         """Write the model as a Hugging Face folder, tokenizer included. Collective."""
         self._engine.export(folder, self._tokenizer)
 
-    def _packs(self, batch: SupervisedBatch) -> list[SupervisedPack]:
+    def weights_digest(self) -> str:
+        """A digest of all weights, adapters merged, the same on every rank. Collective."""
+        digest = xxhash.xxh3_128()
+        for bucket in self._engine.weights(_DIGEST_BUCKET_BYTES):
+            for name, weight in bucket:
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+        return str(digest.hexdigest())
+
+    def score_reference(self, comparisons: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """The starting model's log-probs of whole responses: REF_SEQUENCE_LOGPROBS of this rank's comparisons.
+
+        With an adapter it is the base with the adapter off. Collective where weights are sharded.
+
+        Raises:
+            RoleError: the model is tuned in full and has been trained, so what it started from is gone.
+            SchemaError: the batch is not of pairs.
+            ValueError: a pair is longer than ``max_tokens_per_pack``.
+        """
+        started = time.perf_counter()
+        adapted = self._config.tuning.has_adapter
+        if self._engine.num_updates and not adapted:
+            raise RoleError(f"{self._context.role}: the model has been trained; its start cannot be scored any more")
+        batch = PairBatch([comparisons])
+        own, units = scoring_packs(
+            batch.unit_lengths,
+            self._context.rank,
+            self._context.num_ranks,
+            self._config.max_tokens_per_pack,
+            collective=self._config.zero.stage == 3,
+        )
+        packs = [batch.pack(part, self._engine.device) for part in units]
+        with self._engine.adapter_off() if adapted else nullcontext():
+            sums = [value.cpu() for value in self._engine.forward(packs, _response_sums)]
+        pairs = [torch.arange(len(part) + 1) * 2 for part in units]
+        pieces = in_row_order(units, sums, pairs)
+        flat = torch.cat(pieces).double() if pieces else torch.zeros(0, dtype=torch.float64)
+        ids = comparisons.column("sequence_id").slice(2 * own.start, 2 * len(own))
+        column = make_batch(REF_SEQUENCE_LOGPROBS, {"sequence_id": ids, "ref_logprob": pa.array(flat.numpy())})
+        num_tokens = sum(batch.unit_lengths[unit] for unit in own)
+        return column, ColumnInfo(2 * len(own), num_tokens, time.perf_counter() - started)
+
+    def use_reference(self, path: Path) -> None:
+        """Compare with the reference's log-probs in a file of REF_SEQUENCE_LOGPROBS, from sequence 0 on.
+
+        Raises:
+            RoleError: the file cannot be read, or what is learnt compares with no reference.
+        """
+        if not isinstance(self._objective, Preference):
+            raise RoleError(f"{self._context.role}: what it learns compares with no reference")
+        self._objective.use_reference(ReferenceLogprobs(path))
+
+    def export_adapter(self, folder: Path) -> None:
+        """Write the adapter alone. Collective.
+
+        Raises:
+            RoleError: the model is tuned in full.
+        """
+        self._engine.export_adapter(folder)
+
+    def _packs(self, batch: LearningBatch[Any]) -> list[Any]:
         plan = plan_packs(batch.unit_lengths, self._context.num_ranks, self._config.max_tokens_per_pack)
         device: torch.device = self._engine.device
         return [batch.pack(units, device) for units in plan.packs[self._context.rank]]
+
+
+def objective_for(algorithm: LearningConfig) -> Objective[Any]:
+    """What ``algorithm`` learns.
+
+    Raises:
+        RoleError: it is not one of those that learn from a data set.
+    """
+    match algorithm:
+        case SupervisedConfig():
+            return NextToken()
+        case RewardModelConfig():
+            return RewardRanking(algorithm)
+        case PreferenceConfig():
+            return Preference(algorithm)
+        case _:
+            raise RoleError(f"{type(algorithm).__name__} is no way to learn from a data set")
+
+
+def _response_sums(model: nn.Module, pack: ComparisonPack) -> Tensor:
+    return response_sums(model, pack)[0]

@@ -1,6 +1,9 @@
-"""What a supervised run learns: how rows become units and micro-batches, and a micro-batch a loss.
+"""What a learner learns: how rows become units and micro-batches, and a micro-batch a loss.
 
-Legend: T tokens of a pack, S learnt tokens of a pack, C comparisons of a pack.
+Here is the interface, and next-token prediction. Comparisons are in ``actors.ranking`` (reward models) and
+``actors.preference`` (DPO and its kin).
+
+Legend: T tokens of a pack, S learnt tokens of a pack.
 """
 
 from __future__ import annotations
@@ -9,44 +12,37 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from actors.config import ModelConfig
-from actors.models import PackedModel, load_causal_lm, load_scorer
+from actors.models import PackedModel, load_causal_lm
 from actors.packed import EMPTY_ROW
 from algorithms.logprobs import token_logprobs
 from algorithms.losses import next_token_loss
-from algorithms.ranking import pairwise_loss
-from experience.schema import COMPARISONS, EXAMPLES, SchemaError, check_schema
-from experience.tensors import Batches, PackedRows, list_column, pack, scalar_column
+from experience.schema import EXAMPLES, SchemaError, check_schema
+from experience.tensors import Batches, PackedRows, list_column, pack
+
+PackT = TypeVar("PackT")
+LossAndMetrics = tuple[Tensor, Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class SupervisedPack:
-    """Units laid end to end. ``positions`` are what the loss reads, ``targets_S`` what next tokens are to be."""
-
-    packed: PackedRows
-    positions: Tensor
-    targets_S: Tensor
-
-
-class SupervisedBatch(ABC):
+class LearningBatch(ABC, Generic[PackT]):
     """A batch cut into units, which a pack never splits."""
 
     unit_lengths: list[int]
-    #: Learnt tokens, or comparisons, of all units.
+    #: What the loss is a mean over: learnt tokens, or comparisons, of all units.
     denominator: int
 
     @abstractmethod
-    def pack(self, units: Sequence[int], device: torch.device) -> SupervisedPack:
+    def pack(self, units: Sequence[int], device: torch.device) -> PackT:
         """Units laid end to end on ``device``; no units give a pack that adds nothing to loss or gradient."""
 
 
-class Objective(ABC):
+class Objective(ABC, Generic[PackT]):
     """One way to learn from a data set."""
 
     @abstractmethod
@@ -54,7 +50,7 @@ class Objective(ABC):
         """The model that this objective trains."""
 
     @abstractmethod
-    def batch(self, rows: Sequence[pa.RecordBatch]) -> SupervisedBatch:
+    def batch(self, rows: Sequence[pa.RecordBatch]) -> LearningBatch[PackT]:
         """Units of a batch of the objective's schema.
 
         Raises:
@@ -62,62 +58,53 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, pack: SupervisedPack, denominator: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, model: nn.Module, pack: PackT, denominator: int) -> LossAndMetrics:
         """Loss and metrics of a micro-batch, divided by the denominator of all micro-batches together."""
 
-    def evaluation(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What to report of a held-out set whose metrics have these means."""
-        return dict(means)
+    def heldout_loss(self, model: nn.Module, pack: PackT, denominator: int) -> LossAndMetrics:
+        """As ``loss``, with what is measured on held-out data alone. Parts add up."""
+        return self.loss(model, pack, denominator)
+
+    def evaluation(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What to report of a held-out set, given the sums of ``heldout_loss`` over all its parts."""
+        return dict(sums)
 
 
-class NextToken(Objective):
+@dataclass(frozen=True)
+class TokenPack:
+    """Units laid end to end. ``positions_S`` are where learnt tokens are predicted from, ``targets_S`` the tokens."""
+
+    packed: PackedRows
+    positions_S: Tensor
+    targets_S: Tensor
+
+
+class NextToken(Objective[TokenPack]):
     """Cross-entropy of the tokens whose ``loss_mask`` is 1: pre-training and SFT."""
 
     def load(self, config: ModelConfig, seed: int) -> PackedModel:
         """A causal language model."""
         return load_causal_lm(config, seed=seed)
 
-    def batch(self, rows: Sequence[pa.RecordBatch]) -> SupervisedBatch:
+    def batch(self, rows: Sequence[pa.RecordBatch]) -> LearningBatch[TokenPack]:
         """Each row is a unit."""
         return _Examples(rows)
 
-    def loss(self, model: nn.Module, pack: SupervisedPack, denominator: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, model: nn.Module, pack: TokenPack, denominator: int) -> LossAndMetrics:
         """Mean nats a learnt token."""
-        logits_SV = model(pack.packed.tokens, pack.packed.position_ids, pack.positions)
+        logits_SV = model(pack.packed.tokens, pack.packed.position_ids, pack.positions_S)
         logprobs_S = token_logprobs(logits_SV, pack.targets_S)
         return next_token_loss(logprobs_S, torch.ones_like(logprobs_S), denominator)
 
-    def evaluation(self, means: Mapping[str, float]) -> dict[str, float]:
+    def evaluation(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Adds ``perplexity``, e to the mean nats a token."""
-        loss = means["loss"]
-        return {**means, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        loss = sums["loss"]
+        return {**sums, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-class Pairwise(Objective):
-    """Bradley-Terry ranking loss over comparisons of two responses: reward models."""
-
-    def load(self, config: ModelConfig, seed: int) -> PackedModel:
-        """A model with one output a token; a causal language model gets a head that is all zeros."""
-        return load_scorer(config, seed=seed)
-
-    def batch(self, rows: Sequence[pa.RecordBatch]) -> SupervisedBatch:
-        """Each comparison is a unit: both its responses go into one pack."""
-        return _Comparisons(rows)
-
-    def loss(self, model: nn.Module, pack: SupervisedPack, denominator: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """-log sigmoid(chosen - rejected), scores read at each sequence's last token."""
-        scores = model(pack.packed.tokens, pack.packed.position_ids, pack.positions)
-        return pairwise_loss(scores[0::2], scores[1::2], denominator=denominator)
-
-
-def objective_for(name: str) -> Objective:
-    """The objective of ``SupervisedConfig.name``."""
-    return Pairwise() if name == "reward_model" else NextToken()
-
-
-class _Examples(SupervisedBatch):
+class _Examples(LearningBatch[TokenPack]):
     def __init__(self, rows: Batches) -> None:
-        for batch in _listed(rows):
+        for batch in listed(rows):
             check_schema(batch, EXAMPLES)
         self._tokens, self._mask = list_column(rows, "tokens"), list_column(rows, "loss_mask")
         if not torch.equal(self._tokens.offsets, self._mask.offsets):
@@ -128,43 +115,19 @@ class _Examples(SupervisedBatch):
         if self.denominator == 0:
             raise SchemaError(f"examples: none of the {self._tokens.num_rows} rows of a batch has a token to learn")
 
-    def pack(self, units: Sequence[int], device: torch.device) -> SupervisedPack:
+    def pack(self, units: Sequence[int], device: torch.device) -> TokenPack:
         if not units:
-            return _nothing(device)
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            return TokenPack(EMPTY_ROW.to(device), none, none)
         packed = pack(self._tokens, units)
         learnt = self._learnt(packed, units)
-        return SupervisedPack(packed.to(device), (learnt - 1).to(device), packed.tokens[learnt].to(device))
+        return TokenPack(packed.to(device), (learnt - 1).to(device), packed.tokens[learnt].to(device))
 
     def _learnt(self, packed: PackedRows, units: Sequence[int]) -> Tensor:
         """Where the learnt tokens stand. A row's first token has nothing to be predicted from."""
         return ((self._mask.gather(units) > 0) & (packed.position_ids > 0)).nonzero()[:, 0]
 
 
-class _Comparisons(SupervisedBatch):
-    def __init__(self, rows: Batches) -> None:
-        for batch in _listed(rows):
-            check_schema(batch, COMPARISONS)
-        self._tokens = list_column(rows, "tokens")
-        ids, ranks = scalar_column(rows, "comparison_id"), scalar_column(rows, "rank")
-        paired = len(ids) % 2 == 0 and torch.equal(ids[0::2], ids[1::2])
-        if not paired or bool((ranks[0::2] != 0).any()) or bool((ranks[1::2] != 1).any()):
-            raise SchemaError("comparisons: each needs two rows that stand together, rank 0 (chosen) and then rank 1")
-        lengths = self._tokens.lengths
-        self.unit_lengths = (lengths[0::2] + lengths[1::2]).tolist()
-        self.denominator = len(self.unit_lengths)
-
-    def pack(self, units: Sequence[int], device: torch.device) -> SupervisedPack:
-        if not units:
-            return _nothing(device)
-        packed = pack(self._tokens, [row for unit in units for row in (2 * unit, 2 * unit + 1)])
-        last = packed.offsets[1:] - 1
-        return SupervisedPack(packed.to(device), last.to(device), last.new_zeros(0))
-
-
-def _nothing(device: torch.device) -> SupervisedPack:
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    return SupervisedPack(EMPTY_ROW.to(device), none, none)
-
-
-def _listed(rows: Batches) -> Sequence[Any]:
+def listed(rows: Batches) -> Sequence[Any]:
+    """One batch or several, as several."""
     return [rows] if isinstance(rows, pa.RecordBatch | pa.Table) else rows

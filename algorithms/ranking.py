@@ -14,8 +14,6 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,14 +23,6 @@ from torch.nn.functional import logsigmoid
 from algorithms.errors import AlgorithmError
 from algorithms.losses import Loss
 from algorithms.shapes import require_offsets, require_positive, require_same_length
-
-#: Margins by how much better the chosen response was rated (Touvron et al. 2023, Llama 2, table 27).
-MARGINS_SMALL: Mapping[str, float] = MappingProxyType(
-    {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0}
-)
-MARGINS_LARGE: Mapping[str, float] = MappingProxyType(
-    {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0}
-)
 
 
 class RankedPairs(NamedTuple):

@@ -1,24 +1,28 @@
 """One source becomes two tables of sequences: what is trained on, and what is held out.
 
-Invariant: every row read is counted once: ``read == bad + too_long + train + heldout``. Documents that are packed
-are never too long, and count as documents, however many sequences they make.
+Invariant: every row read is counted once: ``read == filtered + bad + too_long + train + heldout``. Documents that are
+packed or cut into pieces are never too long, and count as documents, however many sequences they make; a pair of
+responses that is read as feedback counts once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import xxhash
 
 from data.chat import Rendered, Renderer
 from data.config import DataConfig, SourceConfig
 from data.errors import EmptyDataError, FormatError, RowError, TooLongError
-from data.formats import Comparison, Demonstration, Document, Kind, Prompt, Record, prompt_key, recognise
+from data.formats import Kind, recognise
 from data.readers import BadRow, Row, read_rows
-from data.tokenize import Encoder, TokenRow, TokenStore, TokenTable, join
+from data.records import Comparison, Demonstration, Document, Feedback, Prompt, Record, prompt_key
+from data.table import TableWriter, TokenTable
+from data.tokenize import Encoder, TokenRow, concatenated
 from data.tokenizer import Tokenizer, require_eos
 
 logger = logging.getLogger(__name__)
@@ -38,15 +42,17 @@ class Counts:
     too_long: int = 0
     train: int = 0
     heldout: int = 0
+    filtered: int = 0
 
     def __str__(self) -> str:
         kept = f"{self.train} kept" + (f", {self.heldout} held out" if self.heldout else "")
-        return f"{self.path}: {self.read} rows read, {self.bad} bad, {self.too_long} too long, {kept}"
+        filtered = f", {self.filtered} left out by `where`" if self.filtered else ""
+        return f"{self.path}: {self.read} rows read{filtered}, {self.bad} bad, {self.too_long} too long, {kept}"
 
 
 @dataclass(frozen=True)
 class Built:
-    """The sequences of one source. Comparisons take two rows each, the chosen one first."""
+    """The sequences of one source, split."""
 
     train: TokenTable
     heldout: TokenTable
@@ -69,6 +75,7 @@ class _Tally:
     too_long: int = 0
     train: int = 0
     heldout: int = 0
+    filtered: int = 0
     longest: int = 0
 
     def leave_out(self, origin: str, why: str) -> None:
@@ -78,23 +85,38 @@ class _Tally:
             logger.warning("%s: more rows are left out; they are counted from here on, not named", self.path)
 
     def counts(self) -> Counts:
-        return Counts(self.path, self.format, self.read, self.bad, self.too_long, self.train, self.heldout)
+        kept = (self.train, self.heldout)
+        return Counts(self.path, self.format, self.read, self.bad, self.too_long, *kept, self.filtered)
 
 
-@dataclass
-class _Stores:
-    """Where sequences go, by split and by whether they are packed."""
+class _Split:
+    """One side of the split: its table, and the documents that are still being packed."""
 
-    with_mask: bool
-    rows: dict[bool, TokenStore] = field(default_factory=dict)
-    packed: dict[bool, TokenStore] = field(default_factory=dict)
+    def __init__(self, kind: Kind, folder: Path | None, pack_to: int) -> None:
+        self.writer = TableWriter(kind, folder)
+        self._pack_to = pack_to
+        self._open: list[TokenRow] = []
+        self._room = pack_to
 
-    def __post_init__(self) -> None:
-        for stores in (self.rows, self.packed):
-            stores.update({heldout: TokenStore(self.with_mask) for heldout in (False, True)})
+    def pack(self, row: TokenRow) -> None:
+        """Put a document behind the one before, and write the sequences that are full."""
+        start = 0
+        while len(row.tokens) - start >= self._room:
+            start, piece = start + self._room, row.part(start, start + self._room)
+            self._write(piece)
+        rest = row.part(start, len(row.tokens))
+        self._room -= len(rest.tokens)
+        self._open.append(rest)
 
-    def table(self, heldout: bool, max_tokens: int) -> TokenTable:
-        return join([self.rows[heldout].finish(), self.packed[heldout].finish(pack_to=max_tokens)])
+    def finish(self) -> TokenTable:
+        """The table. What is left of a packing is a shorter sequence; a lone token, which predicts nothing, is none."""
+        if self._pack_to - self._room > 1:
+            self._write(TokenRow([], [], 0.0))
+        return self.writer.finish()
+
+    def _write(self, last: TokenRow) -> None:
+        self.writer.add([concatenated([*self._open, last])], {}, {})
+        self._open, self._room = [], self._pack_to
 
 
 class Builder:
@@ -119,23 +141,32 @@ class Builder:
         self._renderer = Renderer(tokenizer, config.apply_chat_template)
         self._encoder = Encoder(tokenizer)
 
-    def build(self, source: SourceConfig, heldout_fraction: float) -> Built:
+    def build(self, source: SourceConfig, heldout_fraction: float, folder: Path | None = None) -> Built:
         """All of one source.
+
+        Args:
+            source: what to read.
+            heldout_fraction: share of the rows that is held out.
+            folder: where the tables' files go, in folders that must not be there yet; none: in memory.
 
         Raises:
             DataError: it cannot be read, is of no known format, has a row that is refused, or nothing is left.
         """
-        tally = _Tally(source.path)
-        stores = _Stores(with_mask=self._kind == "examples")
-        records = self._records(source, tally)
-        while batch := list(islice(records, ROWS_AT_A_TIME)):
-            self._add(batch, heldout_fraction, stores, tally)
-        max_tokens = self._config.max_tokens
-        if not tally.train + tally.heldout:
-            longest = f"; the longest has {tally.longest} tokens" if tally.too_long else ""
-            raise EmptyDataError(f"{tally.counts()} (data.max_tokens {max_tokens}{longest}): nothing is left")
-        logger.info("%s", tally.counts())
-        return Built(stores.table(False, max_tokens), stores.table(True, max_tokens), tally.counts())
+        tally, limit = _Tally(source.path), self._config.max_tokens
+        names = {False: "train", True: "heldout"}
+        splits = {held: _Split(self._kind, folder and folder / name, limit) for held, name in names.items()}
+        try:
+            records = self._records(source, tally)
+            while batch := list(islice(records, ROWS_AT_A_TIME)):
+                self._add(batch, heldout_fraction, splits, tally)
+            if not tally.train + tally.heldout:
+                longest = f"; the longest has {tally.longest} tokens" if tally.too_long else ""
+                raise EmptyDataError(f"{tally.counts()} (data.max_tokens {limit}{longest}): nothing is left")
+            logger.info("%s", tally.counts())
+            return Built(splits[False].finish(), splits[True].finish(), tally.counts())
+        finally:
+            for split in splits.values():
+                split.writer.abandon()
 
     def _records(self, source: SourceConfig, tally: _Tally) -> Iterator[tuple[str, Record, list[Rendered]]]:
         """The rows that can be rendered, each with its origin."""
@@ -143,18 +174,24 @@ class Builder:
             tally.read += 1
             try:
                 record = self._record(row, tally)
-                rendered = self._render(record)
+                rendered = [] if record is None else self._render(record)
             except RowError as error:
                 tally.bad += 1
                 if self._config.bad_rows == "refuse":
                     raise RowError(f"{row.origin}: {error} (data.bad_rows: skip leaves such rows out)") from error
                 tally.leave_out(row.origin, str(error))
             else:
-                yield row.origin, record, rendered
+                if record is None:
+                    tally.filtered += 1
+                else:
+                    yield row.origin, record, rendered
 
-    def _record(self, row: Row | BadRow, tally: _Tally) -> Record:
+    def _record(self, row: Row | BadRow, tally: _Tally) -> Record | None:
+        """The row in canonical form; none where the source does not want it."""
         if isinstance(row, BadRow):
             raise RowError(row.why)
+        if not row.wanted:
+            return None
         columns = frozenset(name for name, value in row.values.items() if value is not None)
         try:
             known = recognise(columns, self._kind, whole_document=self._whole_document)
@@ -166,7 +203,10 @@ class Builder:
             tally.format = str(known)
             ignored = sorted(columns.difference(known.columns, known.optional))
             logger.info("%s: format %s, columns not used: %s", tally.path, known, ", ".join(ignored) or "none")
-        return known.parse(row.values)
+        record = known.parse(row.values)
+        if isinstance(record, Comparison):
+            self._require_margin(record)
+        return record
 
     def _render(self, record: Record) -> list[Rendered]:
         match record:
@@ -174,8 +214,10 @@ class Builder:
                 return [self._renderer.document(record)]
             case Prompt():
                 return [self._renderer.prompt(record)]
-            case Comparison(prompt, chosen, rejected):
-                return [self._renderer.response(prompt, chosen), self._renderer.response(prompt, rejected)]
+            case Comparison(prompt, responses):
+                return [self._renderer.response(prompt, response) for response in responses]
+            case Feedback(prompt, response):
+                return [self._renderer.response(prompt, response)]
             case Demonstration():
                 rendered = self._renderer.demonstration(record)
                 if self._whole_document or self._config.learn_from == "everything":
@@ -183,26 +225,59 @@ class Builder:
                 return [rendered]
 
     def _add(
-        self, batch: list[tuple[str, Record, list[Rendered]]], fraction: float, stores: _Stores, tally: _Tally
+        self,
+        batch: list[tuple[str, Record, list[Rendered]]],
+        fraction: float,
+        splits: Mapping[bool, _Split],
+        tally: _Tally,
     ) -> None:
         rows = iter(self._encoder.encode([rendered for _, _, all_of_it in batch for rendered in all_of_it]))
         for origin, record, rendered in batch:
-            whole = self._whole_document or isinstance(record, Document)
-            packed = whole and self._config.documents == "packed"
             unit = [next(rows) for _ in rendered]
-            unit = unit if packed else self._fitting(unit, origin, tally)
-            if not unit:
+            document = self._whole_document or isinstance(record, Document)
+            cut = document and self._config.documents != "separate"
+            if not cut and not (unit := self._fitting(unit, record, origin, tally)):
                 continue
             heldout = bool(fraction) and is_heldout(prompt_key(record), fraction)
-            store = (stores.packed if packed else stores.rows)[heldout]
-            for row in unit:
-                store.add(row)
-            if self._kind == "prompts":
-                store.origins.append(origin)
             tally.heldout += heldout
             tally.train += not heldout
+            if not cut:
+                self._write(splits[heldout].writer, unit, record, origin)
+            elif self._config.documents == "packed":
+                splits[heldout].pack(unit[0])
+            else:
+                for piece in unit[0].pieces(self._config.max_tokens):
+                    splits[heldout].writer.add([piece], {}, {})
 
-    def _fitting(self, unit: list[TokenRow], origin: str, tally: _Tally) -> list[TokenRow]:
+    def _write(self, writer: TableWriter, unit: list[TokenRow], record: Record, origin: str) -> None:
+        """A row's sequences with the columns of the kind."""
+        prompt_lengths = [row.num_prompt_tokens for row in unit] if self._kind in ("comparisons", "feedback") else []
+        match self._kind, record:
+            case "comparisons", Comparison():
+                margin = self._margin(record)
+                numbers = {"rank": record.ranks, "margin": [margin], "preference": [record.preference]}
+                writer.add(unit, {**numbers, "num_prompt_tokens": prompt_lengths}, {"rating": record.rating})
+            case "feedback", _:
+                labels = [record.desirable] if isinstance(record, Feedback) else [True, False]
+                for row, length, label in zip(unit, prompt_lengths, labels, strict=True):
+                    writer.add([row], {"num_prompt_tokens": [length], "desirable": [label]}, {})
+            case "prompts", _:
+                writer.add(unit, {}, {"origin": origin})
+            case _:
+                writer.add(unit, {}, {})
+
+    def _require_margin(self, comparison: Comparison) -> None:
+        table, rating = self._config.margin_of_rating, comparison.rating
+        if table and rating and rating not in table and comparison.margin is None:
+            raise RowError(f"rating {rating!r} has no margin in data.margins, which has {', '.join(table)}")
+
+    def _margin(self, comparison: Comparison) -> float:
+        """Its own margin, else its rating's."""
+        if comparison.margin is not None:
+            return comparison.margin
+        return self._config.margin_of_rating.get(comparison.rating, 0.0)
+
+    def _fitting(self, unit: list[TokenRow], record: Record, origin: str, tally: _Tally) -> list[TokenRow]:
         """The rows within ``max_tokens``, cut if so configured; none where they are left out."""
         limit, longest = self._config.max_tokens, max(len(row.tokens) for row in unit)
         tally.longest = max(tally.longest, longest)
@@ -211,11 +286,20 @@ class Builder:
         why = f"{longest} tokens, data.max_tokens is {limit}"
         if self._config.too_long == "truncate" and self._kind != "prompts":
             cut = [row.cut(limit) for row in unit]
-            if all(any(row.mask[1:]) for row in cut):
+            if not all(row.num_learnt for row in cut):
+                why += ", and no token of a response is within it"
+            elif isinstance(record, Comparison) and _indistinct(cut, record.ranks):
+                why += ", and within it two responses of different ranks are the same"
+            else:
                 return cut
-            why += ", and no token of a response is within it"
         if self._config.too_long == "refuse":
             raise TooLongError(f"{origin}: {why} (data.too_long: skip leaves such rows out)")
         tally.too_long += 1
         tally.leave_out(origin, why)
         return []
+
+
+def _indistinct(rows: list[TokenRow], ranks: tuple[int, ...]) -> bool:
+    """Whether the same tokens stand at two ranks."""
+    rank_of: dict[tuple[int, ...], int] = {}
+    return any(rank_of.setdefault(tuple(row.tokens), rank) != rank for row, rank in zip(rows, ranks, strict=True))

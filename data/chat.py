@@ -26,8 +26,8 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import RowError, TokenizerError
-from data.formats import ASSISTANT, Demonstration, Document, Prompt, Turn, Turns
-from data.tokenizer import Tokenizer, bos_prefix, require_eos
+from data.records import ASSISTANT, Demonstration, Document, Prompt, Turn, Turns
+from data.tokenizer import Tokenizer, bos_prefix, require_eos, special_texts
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPEAKER = {ASSISTANT: "\n\nAssistant:", "user": "\n\nHuman:"}
@@ -66,7 +66,7 @@ class Renderer:
             self._template = tokenizer.get_chat_template()
         self._marked = self._template is not None and _MARKED.search(self._template) is not None
         self._bos = bool(bos_prefix(tokenizer))
-        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._special = special_texts(tokenizer)
 
     def document(self, document: Document) -> Rendered:
         """A document: all of it is to be learnt, EOS too."""

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
+
+#: Margins by rating, Llama 2 (Touvron et al. 2023), appendix, table 27.
+MARGINS: dict[str, dict[str, float]] = {
+    "none": {},
+    "small": {"significantly_better": 1, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0},
+    "large": {"significantly_better": 3, "better": 2, "slightly_better": 1, "negligibly_better": 0},
+}
 
 
 class _Frozen(BaseModel):
@@ -32,7 +51,19 @@ class SourceConfig(_Frozen):
     columns: dict[str, str] = Field(
         {}, description="Renames columns before the format is recognised: {prompt: question_text}."
     )
+    where: dict[str, tuple[Scalar, ...]] = Field(
+        {}, description="Take only rows whose columns (as the file names them) have one of these values: "
+        "{tag: [helpfulness]}. The others are counted."
+    )
     limit_rows: PositiveInt | None = Field(None, description="Read only the first rows.")
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _one_value(cls, values: object) -> object:
+        """`where: {tag: safety}` stands for a list of one."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value if isinstance(value, list | tuple) else (value,) for name, value in values.items()}
 
 
 class DataConfig(_Frozen):
@@ -58,10 +89,23 @@ class DataConfig(_Frozen):
     learn_from: Literal["response", "everything"] = Field(
         "response", description="SFT: tokens with loss are the responses (assistant turns), or all."
     )
-    documents: Literal["packed", "separate"] = Field(
+    documents: Literal["packed", "pieces", "separate"] = Field(
         "packed", description="Pre-training: join documents with EOS into sequences of max_tokens that attend across "
-        "borders, or keep each document a sequence of its own."
+        "borders; or keep documents apart, cutting those over max_tokens into pieces; or keep them apart and whole."
     )
+    margins: Literal["none", "small", "large"] | dict[str, NonNegative] = Field(
+        "none", description="Comparisons with a rating and no margin of their own: Llama 2's small or large table, or "
+        "{rating: margin}. A rating that the table lacks makes a bad row; `none` gives every rating margin 0."
+    )
+    cache_dir: str | None = Field(
+        None, description="Keep tokenised data in files below this folder: mapped, not held in memory, and used again "
+        "by later runs with the same data, tokenizer and settings. None: in memory."
+    )
+
+    @property
+    def margin_of_rating(self) -> dict[str, float]:
+        """The table that ``margins`` stands for; empty where ratings give no margin."""
+        return MARGINS[self.margins] if isinstance(self.margins, str) else self.margins
 
     @model_validator(mode="before")
     @classmethod

@@ -4,13 +4,15 @@ Invariants:
 
 - What is drawn at a cursor depends on the data, the seed and the cursor alone, so a resumed run goes on as if it had
   not stopped. ``fingerprint`` tells whether the data are still the same.
-- A row in terms of the configuration is a sequence, a prompt or a comparison. A comparison is two adjacent rows of a
-  record batch, rank 0 (chosen) first.
-- No token lives as a Python object beyond the batch it was tokenised in: 4 bytes a token are kept, 5 with a mask.
+- A row in terms of the configuration is a sequence, a prompt, a response with its label, or a comparison. A comparison
+  is two or more adjacent rows of a record batch, best first.
+- Ids of examples, comparisons and responses are their places in the data: the same in every epoch and for every seed.
+  Those of held-out rows follow those of training rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +21,14 @@ import pyarrow as pa
 import xxhash
 
 from data.build import Builder, Counts
+from data.cache import Cache
 from data.config import DataConfig
 from data.errors import DataError, EmptyDataError
 from data.formats import Kind
 from data.order import Cursor, Int64s, Mixture, advance
-from data.tokenize import TokenTable, join
+from data.table import Facts, Tables, TokenTable
 from data.tokenizer import Tokenizer
-from experience.schema import COMPARISONS, EXAMPLES, PROMPTS, make_batch
+from experience.schema import COMPARISONS, EXAMPLES, FEEDBACK, PROMPTS, make_batch
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,19 @@ class Dataset:
     """Rows to train on, drawn in the mixture's order, and held-out rows in file order."""
 
     def __init__(
-        self, kind: Kind, train: TokenTable, heldout: TokenTable, mixture: Mixture, counts: tuple[Counts, ...]
+        self,
+        kind: Kind,
+        train: Sequence[TokenTable],
+        heldout: Sequence[TokenTable],
+        mixture: Mixture,
+        counts: tuple[Counts, ...],
     ) -> None:
         self.kind: Kind = kind
         self.counts = counts
         self.mixture = mixture
-        self._train = train
-        self._heldout = heldout
-        self._rows_each = 2 if kind == "comparisons" else 1
+        self._train = Tables(kind, train)
+        self._heldout = Tables(kind, heldout)
+        self._all = Tables(kind, [*train, *heldout])
         self._order: tuple[int, Int64s] | None = None
 
     @classmethod
@@ -64,33 +72,37 @@ class Dataset:
 
         Args:
             config: the sources and what to make of them.
-            kind: ``prompts`` (of any format the prompt part), ``examples`` or ``comparisons``.
+            kind: ``prompts`` (of any format the prompt part), ``examples``, ``comparisons`` or ``feedback``.
             tokenizer: the model's own.
             seed: of the order.
-            whole_document: pre-training: rows are documents, learnt whole and, as ``documents`` says, packed.
+            whole_document: pre-training: rows are documents, learnt whole and, as ``documents`` says, packed or cut.
 
         Raises:
             DataError: a source cannot be read, is of no known format or empty, a row is refused, or the tokenizer
                 lacks what the data need.
         """
         builder = Builder(config, kind, tokenizer, whole_document=whole_document)
-        built = [builder.build(source, config.heldout_fraction) for source in config.train]
-        extra = [builder.build(source, 0.0) for source in config.heldout]
-        rows_each = 2 if kind == "comparisons" else 1
+        cache = Cache.of(config, kind, tokenizer, whole_document=whole_document)
+        built = [cache.build(builder, source, config.heldout_fraction) for source in config.train]
+        extra = [cache.build(builder, source, 0.0) for source in config.heldout]
         for source in built:
             if not len(source.train):
                 raise EmptyDataError(f"{source.counts}: nothing is left to train on")
-        heldout = join([source.train for source in extra] or [source.heldout for source in built])
-        if config.heldout_fraction and not len(heldout):
+        heldout = [source.train for source in extra] or [source.heldout for source in built]
+        if config.heldout_fraction and not any(len(table) for table in heldout):
             counts = "; ".join(str(source.counts) for source in built)
             raise EmptyDataError(
                 f"data.heldout_fraction {config.heldout_fraction} holds out nothing ({counts}): raise it, or give "
                 "data.heldout"
             )
         weights = tuple(source.weight for source in config.train if source.weight is not None)
-        mixture = Mixture(tuple(len(source.train) // rows_each for source in built), weights or None, seed)
+        mixture = Mixture(tuple(len(source.train) for source in built), weights or None, seed)
         counts_of_all = tuple(source.counts for source in (*built, *extra))
-        return cls(kind, join([source.train for source in built]), heldout, mixture, counts_of_all)
+        return cls(kind, [source.train for source in built], heldout, mixture, counts_of_all)
+
+    def __len__(self) -> int:
+        """Rows in all: those to train on and those held out, each once."""
+        return len(self._all)
 
     @property
     def num_rows(self) -> int:
@@ -100,31 +112,46 @@ class Dataset:
     @property
     def num_heldout_rows(self) -> int:
         """Rows held out."""
-        return len(self._heldout) // self._rows_each
+        return len(self._heldout)
+
+    @property
+    def train_facts(self) -> Facts:
+        """Of all training rows, each counted once."""
+        return self._train.facts
+
+    @property
+    def heldout_facts(self) -> Facts:
+        """Of all held-out rows."""
+        return self._heldout.facts
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all training rows, each counted once."""
-        return self._train.num_tokens
+        return self.train_facts.num_tokens
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(int(np.diff(table.offsets).max(initial=0)) for table in (self._train, self._heldout))
+        """Tokens of the longest sequence."""
+        return max(self.train_facts.longest, self.heldout_facts.longest)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row in the configuration's terms: of a comparison, those of all its responses."""
+        return max(self.train_facts.longest_unit, self.heldout_facts.longest_unit)
+
+    def digest(self) -> str:
+        """A digest of the rows, held-out ones too: equal exactly where ids mean the same rows."""
+        return str(xxhash.xxh3_128(f"{self.train_facts.digest} {self.heldout_facts.digest}".encode()).hexdigest())
 
     def fingerprint(self) -> str:
-        """A digest of the tokens and of the mixture: equal exactly where a cursor means the same rows."""
-        digest = xxhash.xxh3_128(repr(self.mixture).encode())
-        for part in (self._train.offsets, self._train.values, self._train.mask):
-            if part is not None:
-                digest.update(part.data)
-        return str(digest.hexdigest())
+        """A digest of the training rows and of the mixture: equal exactly where a cursor means the same rows."""
+        return str(xxhash.xxh3_128(f"{self.mixture!r} {self.train_facts.digest}".encode()).hexdigest())
 
     def draw(self, cursor: Cursor, num_rows: int) -> Drawn:
         """The next ``num_rows`` rows; a batch may run on into the next epoch.
 
-        Ids of prompts are serial numbers of the draw in the run, never used twice. Ids of examples and comparisons
-        are their places in the data, the same in every epoch.
+        Ids of prompts are serial numbers of the draw in the run, never used twice. Other ids are places in the data,
+        the same in every epoch.
 
         Raises:
             DataError: ``num_rows`` is not positive, or the cursor lies past the end of an epoch.
@@ -135,15 +162,30 @@ class Dataset:
             raise DataError(f"{cursor}: an epoch has {self.num_rows} rows; the data are not those the cursor is of")
         rows = self._rows(cursor, num_rows)
         ids = cursor.drawn + np.arange(num_rows) if self.kind == "prompts" else rows
-        batch, lengths = self._batch(self._train, rows, ids)
+        batch, lengths = self._batch(rows, ids)
         return Drawn(batch, ids, lengths, advance(cursor, num_rows, self.num_rows))
 
+    def in_order(self, start: int = 0, num_rows: int | None = None) -> Drawn:
+        """Rows by their places, from ``start``: those to train on, then those held out; empty behind the last.
+
+        Every row once: for what is computed once of each and kept. Ids are the places, of prompts too.
+        """
+        end = len(self._all)
+        ids = np.arange(start, max(start, end if num_rows is None else min(start + num_rows, end)), dtype=np.int64)
+        batch, lengths = self._batch(ids, ids)
+        return Drawn(batch, ids, lengths, Cursor())
+
     def heldout(self, start: int = 0, num_rows: int | None = None) -> Drawn:
-        """Held-out rows in file order, all or some; ids are their places. An empty batch where there are none."""
+        """Held-out rows in file order, all or some. An empty batch where there are none.
+
+        Ids are places in the data, behind those of the training rows; of prompts, from 0.
+        """
         stop = self.num_heldout_rows if num_rows is None else min(start + num_rows, self.num_heldout_rows)
-        rows = np.arange(start, max(start, stop), dtype=np.int64)
-        batch, lengths = self._batch(self._heldout, rows, rows)
-        return Drawn(batch, rows, lengths, Cursor())
+        places = np.arange(start, max(start, stop), dtype=np.int64)
+        rows = places + len(self._train)
+        ids = places if self.kind == "prompts" else rows
+        batch, lengths = self._batch(rows, ids)
+        return Drawn(batch, ids, lengths, Cursor())
 
     def _rows(self, cursor: Cursor, num_rows: int) -> Int64s:
         parts: list[npt.NDArray[np.int64]] = []
@@ -159,19 +201,39 @@ class Dataset:
             self._order = (number, self.mixture.epoch(number))
         return self._order[1]
 
-    def _batch(self, table: TokenTable, rows: Int64s, ids: Int64s) -> tuple[pa.RecordBatch, Int64s]:
-        each = self._rows_each
-        inside = (rows[:, None] * each + np.arange(each)).ravel()
-        tokens, mask = table.take(inside)
-        lengths = table.offsets[inside + 1] - table.offsets[inside]
+    def _batch(self, places: Int64s, ids: Int64s) -> tuple[pa.RecordBatch, Int64s]:
+        taken = self._all.take(places)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(taken.lengths)])
+        offsets = pa.array(starts.astype(np.int32))
+        tokens = pa.ListArray.from_arrays(offsets, pa.array(taken.columns["tokens"]))
+        row_ids = pa.array(taken.row_ids)
         match self.kind:
             case "prompts":
-                origins = pa.array([table.origins[row] for row in rows], pa.string())
-                return make_batch(PROMPTS, {"prompt_id": pa.array(ids), "tokens": tokens, "source": origins}), lengths
+                origins = pa.array(taken.texts["origin"], pa.string())
+                columns = {"prompt_id": pa.array(ids), "tokens": tokens, "source": origins}
+                return make_batch(PROMPTS, columns), taken.lengths
             case "examples":
-                columns = {"example_id": pa.array(ids), "tokens": tokens, "loss_mask": mask}
-                return make_batch(EXAMPLES, columns), lengths
+                mask = taken.columns["mask"]
+                mask[starts[:-1][taken.lengths > 0]] = 0  # nothing predicts the first token of a sequence
+                masks = pa.ListArray.from_arrays(offsets, pa.array(mask))
+                columns = {"example_id": pa.array(ids), "tokens": tokens, "loss_mask": masks}
+                return make_batch(EXAMPLES, columns), taken.lengths
             case "comparisons":
-                ranks = pa.array(np.tile(np.arange(each, dtype=np.int32), len(rows)))
-                columns = {"comparison_id": pa.array(np.repeat(ids, each)), "rank": ranks, "tokens": tokens}
-                return make_batch(COMPARISONS, columns), lengths
+                ratings = np.repeat(np.array(taken.texts["rating"], dtype=object), taken.rows_each)
+                columns = {
+                    "comparison_id": pa.array(np.repeat(ids, taken.rows_each)),
+                    "sequence_id": row_ids,
+                    "tokens": tokens,
+                    "rating": pa.array(ratings, pa.string()),
+                }
+                names = ("rank", "num_prompt_tokens", "margin", "preference")
+                columns |= {name: pa.array(taken.columns[name]) for name in names}
+                return make_batch(COMPARISONS, columns), taken.lengths
+            case "feedback":
+                columns = {
+                    "sequence_id": row_ids,
+                    "tokens": tokens,
+                    "num_prompt_tokens": pa.array(taken.columns["num_prompt_tokens"]),
+                    "desirable": pa.array(taken.columns["desirable"].astype(np.bool_)),
+                }
+                return make_batch(FEEDBACK, columns), taken.lengths

@@ -16,34 +16,30 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import IO
+from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data.config import SourceConfig
 from data.errors import ReadError
+from data.files import File, find_files, known_endings
 
-logger = logging.getLogger(__name__)
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-#: What `datasets.Dataset.save_to_disk` puts beside its Arrow files.
-NOT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in its file."""
+    """One row as it stands in its file. ``wanted`` is what the source's ``where`` says of it."""
 
     values: dict[str, object]
     origin: str
+    wanted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +50,8 @@ class BadRow:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One file: how to open it, and what to call it in messages."""
-
-    system: fsspec.AbstractFileSystem
-    path: str
-    name: str
-
-    def binary(self) -> IO[bytes]:
-        """The file's bytes, decompressed."""
-        try:
-            opened: IO[bytes] = self.system.open(self.path, "rb", compression="infer")
-        except (ValueError, ImportError) as error:  # a compression whose package is not installed
-            raise ReadError(f"{self.name}: cannot be decompressed: {error}") from error
-        return opened
-
-    def kind(self) -> str:
-        """The extension that says how the file is laid out, without the one of its compression."""
-        base = self.path.rsplit("/", 1)[-1].lower()
-        for ending in COMPRESSED:
-            base = base.removesuffix(ending)
-        return base.rsplit(".", 1)[-1] if "." in base else ""
-
-
 def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
-    """Read every row of a source, with its columns renamed as ``source.columns`` says.
+    """Read every row of a source, marked as ``source.where`` and renamed as ``source.columns`` say.
 
     Args:
         source: ``path`` may be a file, a glob, a folder (every file of a known kind below it, in sorted order), any
@@ -90,7 +62,43 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
     """
     rows = _hub_rows(source) if source.path.startswith(HUB) else _file_rows(source)
     for row in islice(rows, source.limit_rows):
-        yield _renamed(row, source) if isinstance(row, Row) and source.columns else row
+        chosen = _marked(row, source) if isinstance(row, Row) and source.where else row
+        yield _renamed(chosen, source) if isinstance(chosen, Row) and chosen.wanted and source.columns else chosen
+
+
+def content_digest(source: SourceConfig) -> str:
+    """A digest of the bytes of all files that a source stands for, in order; of a hub data set, its fingerprint.
+
+    Raises:
+        ReadError: as ``read_rows``.
+    """
+    digest = xxhash.xxh3_128()
+    if source.path.startswith(HUB):
+        digest.update(str(_hub(source)._fingerprint).encode())
+        return str(digest.hexdigest())
+    for file in find_files(source.path):
+        digest.update(f"{file.name} {file.digest()}".encode())
+    return str(digest.hexdigest())
+
+
+def _marked(row: Row, source: SourceConfig) -> Row | BadRow:
+    """The row with what ``where`` says of it. A list holds a value where one of its items is it."""
+    wanted = True
+    for name, allowed in source.where.items():
+        if name not in row.values:
+            found = ", ".join(sorted(row.values))
+            return BadRow(row.origin, f"no column {name!r}, which `where` asks for; it has {found}")
+        value = row.values[name]
+        items = value if isinstance(value, list) else [value]
+        wanted = wanted and any(_same(item, one) for item in items for one in allowed)
+    return replace(row, wanted=wanted)
+
+
+def _same(value: object, allowed: object) -> bool:
+    """Equal, and both or neither a truth value; a number written as text equals the number (CSV holds only text)."""
+    if isinstance(value, str):
+        return value == (allowed if isinstance(allowed, str) else json.dumps(allowed))
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
 def _renamed(row: Row, source: SourceConfig) -> Row | BadRow:
@@ -103,67 +111,21 @@ def _renamed(row: Row, source: SourceConfig) -> Row | BadRow:
         taken[ours] = values[theirs]
     for theirs in source.columns.values():
         values.pop(theirs, None)
-    return Row(values | taken, row.origin)
+    return Row(values | taken, row.origin, row.wanted)
 
 
 def _file_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
-    for file in _files(source.path):
+    for file in find_files(source.path):
         reader = _READERS.get(file.kind())
         if reader is None:
-            raise ReadError(f"{file.name}: cannot tell the kind of file by its name; known endings: {_known()}")
+            raise ReadError(f"{file.name}: cannot tell the kind of file by its name; known endings: {known_endings()}")
         try:
             yield from reader(file, source)
         except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
             raise ReadError(f"{file.name}: cannot be read: {error}") from error
 
 
-def _known() -> str:
-    return " ".join(f".{kind}" for kind in _READERS) + " (each also with " + " ".join(COMPRESSED) + ")"
-
-
-def _files(path: str) -> list[_File]:
-    """The files that ``path`` stands for, sorted.
-
-    Raises:
-        ReadError: no such file, an empty folder, a glob without a match, or a protocol that is not installed.
-    """
-    try:
-        system, root = fsspec.core.url_to_fs(path)
-        if fsspec.core.has_magic(root) and not system.exists(root):
-            matches = sorted(match for match in system.glob(root) if not system.isdir(match))
-            found = [match for match in matches if _hidden(root) or not _hidden(match)]
-            problem = "no file matches"
-        elif system.isdir(root):
-            found = _folder(system, root)
-            problem = f"the folder holds no file of a known kind; known endings: {_known()}"
-        else:
-            found = [root] if system.exists(root) else []
-            problem = "no such file or folder"
-    except (OSError, ImportError, ValueError) as error:
-        raise ReadError(f"{path}: cannot be read: {error}") from error
-    if not found:
-        raise ReadError(f"{path}: {problem}")
-    return [_File(system, match, system.unstrip_protocol(match) if "://" in path else match) for match in found]
-
-
-def _hidden(path: str) -> bool:
-    return path.rsplit("/", 1)[-1].startswith(".")
-
-
-def _folder(system: fsspec.AbstractFileSystem, root: str) -> list[str]:
-    found: list[str] = []
-    left: list[str] = []
-    for match in sorted(system.find(root)):
-        inner = match[len(root) :].strip("/")
-        hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
-        known = _File(system, match, match).kind() in _READERS and inner.rsplit("/", 1)[-1] not in NOT_DATA
-        (found if known and not hidden else left).append(match)
-    if left:
-        logger.info("%s: %d files of no known kind left out: %s", root, len(left), ", ".join(left[:5]))
-    return found
-
-
-def _jsonl(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
+def _jsonl(file: File, _: SourceConfig) -> Iterator[Row | BadRow]:
     with file.binary() as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -183,7 +145,7 @@ def _row(value: object, origin: str) -> Row | BadRow:
     return BadRow(origin, f"expected a JSON object, got {type(value).__name__}")
 
 
-def _json(file: _File, source: SourceConfig) -> Iterator[Row | BadRow]:
+def _json(file: File, source: SourceConfig) -> Iterator[Row | BadRow]:
     """A JSON list, or an object with exactly one list of objects in it; JSONL under this name is read too."""
     text = _text(file)
     try:
@@ -196,7 +158,7 @@ def _json(file: _File, source: SourceConfig) -> Iterator[Row | BadRow]:
     yield from _elements(file, text, start)
 
 
-def _elements(file: _File, text: str, at: int) -> Iterator[Row | BadRow]:
+def _elements(file: File, text: str, at: int) -> Iterator[Row | BadRow]:
     """The elements of the JSON list whose ``[`` stands before ``at``, each with the line it starts on."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     while True:
@@ -254,7 +216,7 @@ def _list_start(text: str) -> int | None:
         at = _skip(text, at) + 1
 
 
-def _text(file: _File) -> str:
+def _text(file: File) -> str:
     with file.binary() as opened:
         data = opened.read()
     try:
@@ -264,7 +226,7 @@ def _text(file: _File) -> str:
         raise ReadError(f"{file.name}:{line}: not UTF-8: {error.reason}") from error
 
 
-def _csv(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
+def _csv(file: File, _: SourceConfig) -> Iterator[Row | BadRow]:
     delimiter = "\t" if file.kind() == "tsv" else ","
     with file.binary() as opened:
         reader = csv.reader(io.TextIOWrapper(opened, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
@@ -284,12 +246,12 @@ def _csv(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
             raise ReadError(f"{file.name}:{line}: not CSV, so nothing behind it can be read: {error}") from error
 
 
-def _parquet(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
+def _parquet(file: File, _: SourceConfig) -> Iterator[Row | BadRow]:
     with file.binary() as opened:
         yield from _batches(file, pq.ParquetFile(opened).iter_batches(batch_size=1024))
 
 
-def _arrow(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
+def _arrow(file: File, _: SourceConfig) -> Iterator[Row | BadRow]:
     """Arrow IPC, as a file (Feather version 2) or as a stream."""
     with file.binary() as opened:
         magic = opened.read(6)
@@ -301,7 +263,7 @@ def _arrow(file: _File, _: SourceConfig) -> Iterator[Row | BadRow]:
             yield from _batches(file, pa.ipc.open_stream(opened))
 
 
-def _batches(file: _File, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+def _batches(file: File, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         for values in batch.to_pylist():
@@ -309,7 +271,7 @@ def _batches(file: _File, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
             yield Row(values, f"{file.name}:row {number}")
 
 
-def _plain(file: _File, source: SourceConfig) -> Iterator[Row | BadRow]:
+def _plain(file: File, source: SourceConfig) -> Iterator[Row | BadRow]:
     """Plain text: a column ``text``, with a document per line, per paragraph, or per file. Blank ones are no rows."""
     if source.text_unit == "file":
         text = _text(file)
@@ -339,24 +301,28 @@ def _plain(file: _File, source: SourceConfig) -> Iterator[Row | BadRow]:
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
+    for number, values in enumerate(_hub(source), 1):
+        yield Row(values, f"{source.path}:row {number}")
+
+
+def _hub(source: SourceConfig) -> Any:
     name, _, configuration = source.path.removeprefix(HUB).partition(":")
     try:
         import datasets
     except ImportError as error:
         raise ReadError(f"{source.path}: needs the package `datasets`: {error}") from error
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=source.split)
+        return datasets.load_dataset(name, configuration or None, split=source.split)
     except Exception as error:  # the library raises errors of half a dozen others; all mean the same here
         raise ReadError(
             f"{source.path}: cannot be loaded from the Hugging Face hub (split {source.split!r}): "
             f"{type(error).__name__}: {error}. A hub name needs a network, or a copy in the local cache; a local "
             "file or folder needs neither"
         ) from error
-    for number, values in enumerate(rows, 1):
-        yield Row(values, f"{source.path}:row {number}")
 
 
-_READERS: dict[str, Callable[[_File, SourceConfig], Iterator[Row | BadRow]]] = {
+#: By the kinds that `data.files` knows.
+_READERS: dict[str, Callable[[File, SourceConfig], Iterator[Row | BadRow]]] = {
     "jsonl": _jsonl,
     "ndjson": _jsonl,
     "json": _json,

@@ -1,41 +1,65 @@
-"""Rendered text becomes tokens, kept flat: one buffer of values and one of offsets, as Arrow has lists.
+"""Rendered text becomes tokens.
 
 Invariants:
 
 - The tokens in front of a response are those that the tokenizer gives for the prompt alone. Where the text as a
   whole is cut otherwise at the border (a token that spans it), the pieces are tokenised apart.
-- ``loss_mask`` is 1 on a token that is to be predicted from those before it, so it is 0 on the first token of every
-  sequence, and its sum is the number of predictions.
+- A mask is 1 on the tokens of a response. The first token of a sequence is predicted from nothing, so it is never
+  learnt, whatever its mask.
 """
 
 from __future__ import annotations
 
-from array import array
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from data.chat import Rendered
-from data.tokenizer import Tokenizer, bos_prefix, require_eos
-
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
+from data.tokenizer import Tokenizer, bos_prefix, require_eos, special_texts
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One sequence of tokens. ``mask`` is 1 on those of a response."""
+    """One sequence of tokens.
+
+    ``mask`` is 1 on those of a response. ``bytes_each`` is how many bytes of UTF-8 such a token stands for, averaged
+    over the text it came from, special tokens counted as nothing.
+    """
 
     tokens: list[int]
     mask: list[int]
+    bytes_each: float
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens of a response that stand behind another token."""
+        return sum(self.mask[1:])
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the response. The mask has to be of one response that ends the row."""
+        return len(self.mask) - sum(self.mask)
+
+    def part(self, start: int, stop: int) -> TokenRow:
+        """The tokens [start, stop)."""
+        return TokenRow(self.tokens[start:stop], self.mask[start:stop], self.bytes_each)
 
     def cut(self, max_tokens: int) -> TokenRow:
         """The first tokens."""
-        return TokenRow(self.tokens[:max_tokens], self.mask[:max_tokens])
+        return self.part(0, max_tokens)
+
+    def pieces(self, max_tokens: int) -> list[TokenRow]:
+        """The row in pieces. Each begins with the last token of the one before, which is not learnt again.
+
+        So every token but the row's first is learnt exactly once.
+
+        Example: tokens 1 to 6 in pieces of 3 are [1, 2, 3], [3, 4, 5], [5, 6].
+        """
+        if len(self.tokens) <= max_tokens:
+            return [self]
+        starts = range(0, len(self.tokens) - 1, max(1, max_tokens - 1))
+        return [self.part(start, start + max_tokens) for start in starts]
 
 
 class Encoder:
@@ -44,6 +68,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._bos = bos_prefix(tokenizer)
+        texts = sorted(special_texts(tokenizer), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def encode(self, rendered: Sequence[Rendered]) -> list[TokenRow]:
         """Tokens and mask of each text.
@@ -70,7 +96,7 @@ class Encoder:
     def _apart(self, text: str, ends: list[int]) -> tuple[list[int], list[int]]:
         pieces = [text[start:end] for start, end in pairwise(ends)]
         parts = self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        counts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        counts = list(accumulate((len(part) for part in parts), initial=0))
         return [token for part in parts for token in part], counts
 
     def _row(self, item: Rendered, ends: list[int], ids: list[int], counts: list[int]) -> TokenRow:
@@ -82,7 +108,11 @@ class Encoder:
             ids, mask = self._bos + ids, [0] * len(self._bos) + mask
         if item.eos:
             ids, mask = [*ids, require_eos(self._tokenizer, "has to end every sequence")], [*mask, 1]
-        return TokenRow(ids, mask)
+        num_bytes = sum(self._num_bytes(item.text[start:end]) for start, end in item.spans)
+        return TokenRow(ids, mask, num_bytes / max(1, sum(mask)))
+
+    def _num_bytes(self, text: str) -> int:
+        return len((text if self._special is None else self._special.sub("", text)).encode())
 
 
 def _borders(item: Rendered) -> list[int]:
@@ -91,82 +121,8 @@ def _borders(item: Rendered) -> list[int]:
     return sorted(inner | {0, len(item.text)})
 
 
-@dataclass
-class TokenStore:
-    """Sequences of tokens in flat buffers, growing at the end. 5 bytes a token with a mask, 4 without."""
-
-    with_mask: bool
-    _values: array[int] = field(default_factory=lambda: array("i"))
-    _mask: array[int] = field(default_factory=lambda: array("B"))
-    _offsets: array[int] = field(default_factory=lambda: array("q", [0]))
-    origins: list[str] = field(default_factory=list)
-
-    def add(self, row: TokenRow) -> None:
-        """Append one sequence."""
-        self._values.extend(row.tokens)
-        if self.with_mask:
-            self._mask.extend(row.mask)
-        self._offsets.append(len(self._values))
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def finish(self, pack_to: int | None = None) -> TokenTable:
-        """The sequences as Arrow; with ``pack_to``, joined and cut anew into that many tokens each.
-
-        What is left at the end of a packing is a shorter sequence; a single token, which predicts nothing, is
-        dropped.
-        """
-        offsets: Int64s = np.asarray(self._offsets, dtype=np.int64)
-        values: Int32s = np.asarray(self._values, dtype=np.int32)
-        if pack_to is not None:
-            total = len(values) - (len(values) % pack_to == 1)
-            offsets = np.append(np.arange(0, total, pack_to, dtype=np.int64), np.int64(total))
-        mask = None
-        if self.with_mask:
-            mask = np.asarray(self._mask, dtype=np.uint8)
-            mask[offsets[:-1][np.diff(offsets) > 0]] = 0
-        return TokenTable(offsets, values, mask, tuple(self.origins))
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """Finished sequences. ``offsets`` (N+1,) int64, ``values`` (T,) int32, ``mask`` (T,) uint8 or none."""
-
-    offsets: Int64s
-    values: Int32s
-    mask: npt.NDArray[np.uint8] | None
-    origins: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return int(self.offsets[-1])
-
-    def take(self, rows: Int64s) -> tuple[pa.Array, pa.Array | None]:
-        """Tokens as ``list<int32>``, and the mask as ``list<uint8>`` if there is one, of some sequences."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.repeat(self.offsets[rows] - ends[:-1], lengths) + np.arange(ends[-1])
-        offsets = pa.array(ends.astype(np.int32))
-        tokens = pa.ListArray.from_arrays(offsets, pa.array(self.values[places]))
-        mask = None if self.mask is None else pa.ListArray.from_arrays(offsets, pa.array(self.mask[places]))
-        return tokens, mask
-
-
-def join(tables: Sequence[TokenTable]) -> TokenTable:
-    """One table behind the other."""
-    if len(tables) == 1:
-        return tables[0]
-    starts = np.cumsum([0, *(table.num_tokens for table in tables)])
-    offsets = [table.offsets[:-1] + start for table, start in zip(tables, starts, strict=False)]
-    masks = [table.mask[: table.num_tokens] for table in tables if table.mask is not None]
-    return TokenTable(
-        np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
-        np.concatenate([table.values[: table.num_tokens] for table in tables]),
-        np.concatenate(masks) if masks else None,
-        tuple(origin for table in tables for origin in table.origins),
-    )
+def concatenated(rows: Sequence[TokenRow]) -> TokenRow:
+    """Rows as one."""
+    mask = [one for row in rows for one in row.mask]
+    num_bytes = sum(row.bytes_each * sum(row.mask) for row in rows)
+    return TokenRow([token for row in rows for token in row.tokens], mask, num_bytes / max(1, sum(mask)))

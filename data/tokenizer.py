@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, cast
+
+import xxhash
 
 from data.errors import TokenizerError
 
@@ -37,6 +41,8 @@ class Tokenizer(Protocol):
     def get_chat_template(self) -> str: ...
 
     def get_vocab(self) -> dict[str, int]: ...
+
+    def save_pretrained(self, save_directory: str) -> tuple[str, ...]: ...
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -77,3 +83,24 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0]
     starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return ids[:1] if starts else []
+
+
+def special_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The texts of tokens that mark rather than say something: BOS, EOS, ends of turns."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A digest of everything that the tokenizer saves, its template included, and of the libraries that run it.
+
+    Equal digests mean equal tokens; a difference may mean nothing.
+    """
+    kind = type(tokenizer)
+    digest = xxhash.xxh3_128(
+        f"{kind.__module__}.{kind.__qualname__} {version('transformers')} {version('tokenizers')}".encode()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return str(digest.hexdigest())

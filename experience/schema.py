@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = b"troupe.schema_version"
 NAME_KEY = b"troupe.schema"
 
@@ -51,10 +51,34 @@ EXAMPLES = _schema(
     "examples", ("example_id", pa.int64()), ("tokens", TOKENS), ("loss_mask", _list(pa.uint8()))
 )
 
-#: What a dataset gives a reward model: one row a response. The rows of one comparison stand together,
-#: best first: ``rank`` 0 is the chosen one.
+#: What a dataset gives reward models and preference losses: one row a response. The rows of one comparison stand
+#: together, best first, two or more of them; ``rank`` 0 is the best, equal ranks are ties. ``num_prompt_tokens`` is
+#: the same for all rows of a comparison. ``margin``, ``preference`` and ``rating`` are of the comparison and stand in
+#: each of its rows: 0, 1 and "" where the data give none.
 COMPARISONS = _schema(
-    "comparisons", ("comparison_id", pa.int64()), ("rank", pa.int32()), ("tokens", TOKENS)
+    "comparisons",
+    ("comparison_id", pa.int64()),
+    ("sequence_id", pa.int64()),
+    ("rank", pa.int32()),
+    ("tokens", TOKENS),
+    ("num_prompt_tokens", pa.int32()),
+    ("margin", pa.float32()),
+    ("preference", pa.float32()),
+    ("rating", pa.string()),
+)
+
+#: What a dataset gives losses over responses that are good or bad each for itself: one row a response.
+FEEDBACK = _schema(
+    "feedback",
+    ("sequence_id", pa.int64()),
+    ("tokens", TOKENS),
+    ("num_prompt_tokens", pa.int32()),
+    ("desirable", pa.bool_()),
+)
+
+#: By the reference role, over the rows of comparisons or feedback: log-probs summed over each response's tokens.
+REF_SEQUENCE_LOGPROBS = _schema(
+    "ref_sequence_logprobs", ("sequence_id", pa.int64()), ("ref_logprob", pa.float64())
 )
 
 #: The first columns of experience, by the rollout engines: one row a sample.
@@ -112,6 +136,8 @@ ALL: dict[str, pa.Schema] = {
         PROMPTS,
         EXAMPLES,
         COMPARISONS,
+        FEEDBACK,
+        REF_SEQUENCE_LOGPROBS,
         ROLLOUT,
         REF_LOGPROBS,
         POLICY_LOGPROBS,
@@ -151,20 +177,25 @@ def check_schema(batch: pa.RecordBatch | pa.Table, schema: pa.Schema) -> None:
             raise SchemaError(f"{name}: column {field.name} holds {nulls} nulls")
 
 
-def require_same_rows(expected: Sequence[int] | pa.Array | pa.ChunkedArray, batch: pa.RecordBatch | pa.Table) -> None:
-    """Refuse a column whose ``sample_id`` differ from ``expected`` in any position.
+def require_same_rows(
+    expected: Sequence[int] | pa.Array | pa.ChunkedArray,
+    batch: pa.RecordBatch | pa.Table,
+    id_column: Literal["sample_id", "sequence_id"] = "sample_id",
+) -> None:
+    """Refuse a column whose ids differ from ``expected`` in any position.
 
     Raises:
         SchemaError: naming the first position that differs.
     """
-    ids, wanted = batch.column("sample_id").to_numpy(), as_int64(expected)
+    ids, wanted = batch.column(id_column).to_numpy(), as_int64(expected)
     if np.array_equal(ids, wanted):
         return
     name = schema_name(batch.schema)
     if len(ids) != len(wanted):
         raise SchemaError(f"{name}: {len(ids)} rows where {len(wanted)} were expected")
     at = int(np.flatnonzero(ids != wanted)[0])
-    raise SchemaError(f"{name}: row {at} is sample {ids[at]}, expected sample {wanted[at]}")
+    what = id_column.removesuffix("_id")
+    raise SchemaError(f"{name}: row {at} is {what} {ids[at]}, expected {what} {wanted[at]}")
 
 
 def as_int64(ids: Sequence[int] | pa.Array | pa.ChunkedArray) -> Int64Array:

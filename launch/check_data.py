@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from data.build import Builder
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
@@ -47,9 +45,7 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
 
 
 def _kind(config: RunConfig) -> Kind:
-    if isinstance(config, PPORunConfig):
-        return "prompts"
-    return "comparisons" if config.algorithm.name == "reward_model" else "examples"
+    return "prompts" if isinstance(config, PPORunConfig) else config.DATA_KIND
 
 
 def _build(builder: Builder, source: SourceConfig) -> str:
@@ -60,7 +56,7 @@ def _build(builder: Builder, source: SourceConfig) -> str:
     """
     built = builder.build(source, heldout_fraction=0.0)
     counts = built.counts
-    longest = int(np.diff(built.train.offsets).max())
+    longest = built.train.facts.longest
     seen = f" (the first {ROWS_READ:,} were looked at)" if counts.read == ROWS_READ else ""
     return f"{counts}{seen}; format {counts.format}; longest {longest} tokens"
 
@@ -76,7 +72,7 @@ def _read(source: SourceConfig, data: DataConfig, kind: Kind, whole_document: bo
         if isinstance(row, BadRow):
             if data.bad_rows == "refuse":
                 raise DataError(f"{row.origin}: {row.why} (data.bad_rows: skip leaves such rows out)")
-        elif not known:
+        elif row.wanted and not known:
             columns = frozenset(name for name, value in row.values.items() if value is not None)
             try:
                 recognise(columns, kind, whole_document=whole_document)

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from actors.config import ModelConfig
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
-from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.config import LearnerRunConfig, PPORunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
 
@@ -49,8 +49,8 @@ class WantedModel:
 def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
     """The models of a run; the first one's tokenizer is the data's."""
     match config:
-        case SupervisedRunConfig():
-            kind: ModelKind = "new scorer" if config.algorithm.name == "reward_model" else "language model"
+        case LearnerRunConfig():
+            kind: ModelKind = "new scorer" if isinstance(config, RewardModelRunConfig) else "language model"
             yield WantedModel("learner.model", config.learner.model, kind, config.data.max_tokens)
         case PPORunConfig():
             longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens

@@ -18,14 +18,26 @@ from actors.config import (
     RolloutConfig,
     TrainedRoleConfig,
 )
-from algorithms.config import PPOConfig, SupervisedConfig
+from algorithms.config import LearningConfig, PPOConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
+from data.formats import Kind
 from launch.errors import RuleViolations
 from launch.rules import PPO_RULES, SUPERVISED_RULES, Rule, violations
 from launch.settings import OnlineSettings, RunSettings
 
-__all__ = ["BaseRunConfig", "OnlineSettings", "PPORunConfig", "RunConfig", "RunSettings", "SupervisedRunConfig"]
+__all__ = [
+    "AnyLearnerRunConfig",
+    "BaseRunConfig",
+    "LearnerRunConfig",
+    "OnlineSettings",
+    "PPORunConfig",
+    "PreferenceRunConfig",
+    "RewardModelRunConfig",
+    "RunConfig",
+    "RunSettings",
+    "SupervisedRunConfig",
+]
 
 #: Roles that hold no model: they take little, and sit wherever there is room.
 SMALL_ROLE = PlacementConfig(cpus_per_rank=0.5, threads_per_rank=1)
@@ -55,15 +67,39 @@ class BaseRunConfig(FrozenConfig):
         return placed | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
 
 
-class SupervisedRunConfig(BaseRunConfig):
-    """Pre-training, SFT or a reward model: one trained role, the learner."""
+class LearnerRunConfig(BaseRunConfig):
+    """A run that learns from a data set: one trained role, the learner."""
 
     RULES = SUPERVISED_RULES
     ROLES = ("learner",)
     SMALL_ROLES = ("source",)
+    #: What the rows of the data become.
+    DATA_KIND: ClassVar[Kind] = "examples"
+
+    algorithm: LearningConfig = Field(description="What is learnt, and for how long.")
+    learner: TrainedRoleConfig = Field(description="The model that is trained.")
+
+
+class SupervisedRunConfig(LearnerRunConfig):
+    """Pre-training or SFT."""
 
     algorithm: SupervisedConfig = Field(description="What is learnt, and for how long.")
-    learner: TrainedRoleConfig = Field(description="The model that is trained.")
+
+
+class RewardModelRunConfig(LearnerRunConfig):
+    """A reward model."""
+
+    DATA_KIND = "comparisons"
+
+    algorithm: RewardModelConfig = Field(description="What is learnt, and for how long.")
+
+
+class PreferenceRunConfig(LearnerRunConfig):
+    """DPO and its kin. The reference is the learner's own model as it starts."""
+
+    DATA_KIND = "comparisons"
+
+    algorithm: PreferenceConfig = Field(description="What is learnt, and for how long.")
 
 
 class PPORunConfig(BaseRunConfig):
@@ -82,4 +118,5 @@ class PPORunConfig(BaseRunConfig):
     rollout: RolloutConfig = Field(description="The engines that generate.")
 
 
-RunConfig = SupervisedRunConfig | PPORunConfig
+AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig
+RunConfig = AnyLearnerRunConfig | PPORunConfig

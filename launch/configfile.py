@@ -8,21 +8,34 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
+from typing import TypeAlias, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from launch.config import BaseRunConfig, PPORunConfig, RunConfig, SupervisedRunConfig
+from algorithms.config import PreferenceLoss
+from launch.config import (
+    AnyLearnerRunConfig,
+    BaseRunConfig,
+    LearnerRunConfig,
+    PPORunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    RunConfig,
+    SupervisedRunConfig,
+)
 from launch.errors import ConfigError, Problem, RuleViolations
 from launch.fields import Path, dotted, info_at, leaves, model_at, model_of, required
 from launch.rules import violations
 from launch.yamltree import YamlTree, to_yaml
 
-ALGORITHMS: Mapping[str, type[PPORunConfig] | type[SupervisedRunConfig]] = {
+RunKind: TypeAlias = type[PPORunConfig] | type[AnyLearnerRunConfig]
+ALGORITHMS: Mapping[str, RunKind] = {
     "ppo": PPORunConfig,
     "pretrain": SupervisedRunConfig,
     "sft": SupervisedRunConfig,
-    "reward_model": SupervisedRunConfig,
+    "reward_model": RewardModelRunConfig,
+    **dict.fromkeys(get_args(PreferenceLoss), PreferenceRunConfig),
 }
 
 
@@ -57,9 +70,9 @@ def dump(config: RunConfig) -> str:
     return to_yaml(config.model_dump(mode="json"))
 
 
-def _kind(tree: YamlTree) -> tuple[type[PPORunConfig] | type[SupervisedRunConfig], list[Problem]]:
+def _kind(tree: YamlTree) -> tuple[RunKind, list[Problem]]:
     """The model that the file is of, with what is wrong about the key that says so."""
-    guess = SupervisedRunConfig if "learner" in tree.values else PPORunConfig
+    guess: RunKind = SupervisedRunConfig if "learner" in tree.values else PPORunConfig
     names = ", ".join(ALGORITHMS)
     section = tree.values.get("algorithm")
     if not isinstance(section, dict) or "name" not in section:
@@ -120,12 +133,12 @@ def _problem(tree: YamlTree, kind: type[BaseRunConfig], detail: ErrorDetails, pa
 
 def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
     key, where = str(path[-1]), tree.where(path)
-    if len(path) == 1 and kind is SupervisedRunConfig and key in PPORunConfig.model_fields:
+    if len(path) == 1 and issubclass(kind, LearnerRunConfig) and key in PPORunConfig.model_fields:
         name = _algorithm(tree)
         right = "remove the section (the model that is trained is `learner`), or set algorithm.name to ppo"
         return Problem(where, f"{name} trains one model, the learner, and has no {key}", right)
-    if len(path) == 1 and kind is PPORunConfig and key in SupervisedRunConfig.model_fields:
-        right = "call it `policy`, or set algorithm.name to pretrain, sft or reward_model"
+    if len(path) == 1 and kind is PPORunConfig and key in LearnerRunConfig.model_fields:
+        right = "call it `policy`, or set algorithm.name to pretrain, sft, reward_model, dpo ..."
         return Problem(where, f"ppo trains `policy` and `critic` and has no {key}", right)
     owner = model_at(kind, path[:-1])
     known = list(owner.model_fields) if owner else []

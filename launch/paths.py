@@ -54,12 +54,14 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 
 def resolve_data(data: DataConfig) -> DataConfig:
-    """``data`` with the paths of its sources resolved."""
+    """``data`` with the paths of its sources, and of its cache, resolved."""
 
     def resolved(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(source.model_copy(update={"path": resolve_source(source.path)}) for source in sources)
 
-    return data.model_copy(update={"train": resolved(data.train), "heldout": resolved(data.heldout)})
+    cache_dir = None if data.cache_dir is None else str(resolve(data.cache_dir))
+    sources = {"train": resolved(data.train), "heldout": resolved(data.heldout)}
+    return data.model_copy(update={**sources, "cache_dir": cache_dir})
 
 
 def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:

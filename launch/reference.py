@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from launch.config import PPORunConfig, SupervisedRunConfig
+from launch.config import PPORunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
 from launch.fields import model_of
 
 INTRODUCTION = """\
@@ -34,10 +34,17 @@ KINDS = (
         "[`ray_config.yaml`](../ray_config.yaml) is a commented example.",
     ),
     (
-        "Pre-training, SFT and reward models",
+        "Pre-training and SFT",
         SupervisedRunConfig,
-        "`algorithm.name: pretrain`, `sft` or `reward_model`. One trained role, the learner. "
-        "[`examples/`](../examples) has one of each.",
+        "`algorithm.name: pretrain` or `sft`. One trained role, the learner. "
+        "[`examples/`](../examples) has one of each kind of run.",
+    ),
+    ("Reward models", RewardModelRunConfig, "`algorithm.name: reward_model`. One trained role, the learner."),
+    (
+        "Preference optimisation",
+        PreferenceRunConfig,
+        "`algorithm.name: dpo` or one of its kin. One trained role, the learner; the reference is its own model as it "
+        "starts, whose log-probs are computed once and kept beside the runs.",
     ),
 )
 

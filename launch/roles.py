@@ -22,8 +22,7 @@ from actors.rollout import RolloutActor, engine_environment
 from actors.source import SourceActor
 from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
-from data.formats import Kind
-from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.config import BaseRunConfig, LearnerRunConfig, PPORunConfig, SupervisedRunConfig
 from launch.paths import resolve_data, resolve_model
 from launch.publish import weight_transfer
 from launch.rules import runs_on_gpu
@@ -43,7 +42,7 @@ class Start(Protocol):
 
 @dataclass(frozen=True)
 class SupervisedRoles:
-    """The roles of pre-training, SFT and reward models."""
+    """The roles of a run that learns from a data set."""
 
     source: RoleGroup[SourceActor]
     learner: RoleGroup[LearnerActor]
@@ -62,17 +61,17 @@ class PPORoles:
     credit: RoleGroup[CreditActor]
 
 
-def cpus_wanted(config: RunConfig) -> float:
+def cpus_wanted(config: BaseRunConfig) -> float:
     """CPU cores that all ranks of a run set aside together."""
     return sum(placement.num_ranks * placement.cpus_per_rank for placement in config.placements().values())
 
 
 @asynccontextmanager
-async def supervised_roles(config: SupervisedRunConfig, log_dir: Path) -> AsyncIterator[SupervisedRoles]:
-    """Place and start the roles of a supervised run; end them on the way out."""
+async def supervised_roles(config: LearnerRunConfig, log_dir: Path) -> AsyncIterator[SupervisedRoles]:
+    """Place and start the roles of a run that learns from a data set; end them on the way out."""
     learner = _resolved(config.learner)
-    kind: Kind = "comparisons" if config.algorithm.name == "reward_model" else "examples"
-    whole_document = config.algorithm.name == "pretrain"
+    kind = config.DATA_KIND
+    whole_document = isinstance(config, SupervisedRunConfig) and config.algorithm.name == "pretrain"
     seed = config.run.seed
     async with _starter(config, log_dir) as start:
         source_args = (resolve_data(config.data), kind, learner.model, seed, whole_document)
@@ -115,7 +114,7 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
 
 
 @asynccontextmanager
-async def _starter(config: RunConfig, log_dir: Path) -> AsyncIterator[Start]:
+async def _starter(config: BaseRunConfig, log_dir: Path) -> AsyncIterator[Start]:
     """Place all roles of a run; gives the function that starts one of them. All end with the block."""
     wanted = config.placements()
     placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)

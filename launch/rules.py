@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from actors.config import ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
-from algorithms.config import PPOConfig, SupervisedConfig
+from algorithms.config import LearningConfig, PPOConfig, SupervisedConfig
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.errors import Problem
@@ -98,10 +98,10 @@ def samples_fit(
         yield from _pack_holds(name, role.max_tokens_per_pack, longest, f"the longest sample, {parts}")
 
 
-def examples_fit(data: DataConfig, algorithm: SupervisedConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
+def examples_fit(data: DataConfig, algorithm: LearningConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
     """The longest sequence, or the two of a comparison, fit one pack."""
     longest, what = data.max_tokens, "the longest sequence, data.max_tokens"
-    if algorithm.name == "reward_model":
+    if not isinstance(algorithm, SupervisedConfig):
         longest, what = 2 * longest, "the longest comparison, two responses of data.max_tokens"
     yield from _pack_holds("learner", learner.max_tokens_per_pack, longest, what)
 
@@ -113,7 +113,7 @@ def _pack_holds(role: str, budget: int, longest: int, what: str) -> Iterator[Pro
         )
 
 
-def evaluation_has_data(data: DataConfig, algorithm: SupervisedConfig) -> Iterator[Problem]:
+def evaluation_has_data(data: DataConfig, algorithm: LearningConfig) -> Iterator[Problem]:
     """Evaluation needs held-out data, early stopping needs evaluation."""
     if algorithm.evaluate_every is not None and not data.heldout and not data.heldout_fraction:
         yield Problem(
@@ -239,7 +239,7 @@ def ppo_colocation(
                     f"{name}.colocate",
                     f"group {group!r} is shared rank by rank, but {name} has {_in_words(roles[name])} and "
                     f"{first} has {_in_words(roles[first])}",
-                    "give them as many ranks and the same strategy",
+                    "give them the same num_nodes, ranks_per_node and strategy",
                 )
         total = sum(roles[name].gpus_per_rank for name in names)
         if total > 1 + 1e-9 and len([name for name in names if roles[name].gpus_per_rank]) > 1:
@@ -251,12 +251,12 @@ def ppo_colocation(
             )
 
 
-def _shape(role: PlacementConfig) -> tuple[int, str]:
-    return role.num_ranks, role.strategy
+def _shape(role: PlacementConfig) -> tuple[int, int, str]:
+    return role.num_nodes, role.ranks_per_node, role.strategy
 
 
 def _in_words(role: PlacementConfig) -> str:
-    return f"{role.num_ranks} rank{'s' if role.num_ranks > 1 else ''} laid out {role.strategy}"
+    return f"{role.num_nodes} x {role.ranks_per_node} ranks laid out {role.strategy}"
 
 
 PPO_RULES: tuple[Rule, ...] = (

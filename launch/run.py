@@ -14,12 +14,13 @@ from actors.policy import PolicyActor
 from actors.source import SourceActor
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
-from launch.config import PPORunConfig, RunConfig, SupervisedRunConfig
+from launch.config import LearnerRunConfig, PPORunConfig, PreferenceRunConfig, RunConfig
 from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.progress import Progress
 from launch.recorder import Recorder
+from launch.reference_pass import prepare_reference
 from launch.roles import cpus_wanted, ppo_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
@@ -52,25 +53,27 @@ def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
     # Listening begins after Ray has put its own handlers in place, which end the process at once.
     with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)), stop.listening():
         match config:
-            case SupervisedRunConfig():
+            case LearnerRunConfig():
                 return asyncio.run(_supervised(config, run_dir, resume, stop))
             case PPORunConfig():
                 return asyncio.run(_online(config, run_dir, resume, stop))
 
 
-async def _supervised(config: SupervisedRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
+async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
     checkpoint = store.latest() if resume else None
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         progress = SupervisedProgress(0, description.first_cursor)
+        if isinstance(config, PreferenceRunConfig) and config.algorithm.needs_reference:
+            await prepare_reference(config, roles, run_dir.path.parent)
         if checkpoint is not None:
             progress = SupervisedState.read(checkpoint)
             await roles.learner.call(LearnerActor.load, checkpoint / "learner")
         state = SupervisedState(config, store, progress, num_updates)
         with _recording(config, run_dir, num_updates, state.update) as recorder:
-            stopped = await SupervisedDriver(config, roles, state, recorder, stop).run()
+            stopped = await SupervisedDriver(config, roles, description, state, recorder, stop).run()
         if not stopped:
             await roles.learner.call(LearnerActor.export, run_dir.model)
     return RunResult(run_dir.path, state.update, stopped)
@@ -97,7 +100,7 @@ async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: Sto
 
 
 @contextmanager
-def _recording(config: RunConfig, run_dir: RunDir, num_steps: int, done: int) -> Iterator[Recorder]:
+def _recording(config: RunConfig | LearnerRunConfig, run_dir: RunDir, num_steps: int, done: int) -> Iterator[Recorder]:
     stage = config.algorithm.name
     with (
         MetricsWriter(run_dir.path, resume_after=done) as writer,

@@ -1,4 +1,4 @@
-"""The supervised driver: pre-training, SFT and reward models.
+"""The supervised driver: everything that learns from a data set.
 
 The source role draws batches in the data's order; the learner's ranks train on them. Up to ``PIPELINE_DEPTH``
 updates are queued at the learner, so its ranks go from one update to the next without waiting for this process.
@@ -17,8 +17,8 @@ from collections import deque
 
 from actors.learner import LearnerActor
 from actors.reports import TrainReport
-from actors.source import SourceActor
-from launch.config import SupervisedRunConfig
+from actors.source import SourceActor, SourceDescription
+from launch.config import LearnerRunConfig
 from launch.recorder import Recorder, Stopwatch
 from launch.roles import SupervisedRoles
 from launch.stopping import StopRequest
@@ -33,14 +33,16 @@ class SupervisedDriver:
 
     def __init__(
         self,
-        config: SupervisedRunConfig,
+        config: LearnerRunConfig,
         roles: SupervisedRoles,
+        data: SourceDescription,
         state: SupervisedState,
         recorder: Recorder,
         stop: StopRequest,
     ) -> None:
         self._config = config
         self._roles = roles
+        self._data = data
         self._state = state
         self._recorder = recorder
         self._stop = stop
@@ -92,4 +94,6 @@ class SupervisedDriver:
             return
         metrics = (await self._roles.learner.call(LearnerActor.evaluate, [batch]))[0]
         self._state.evaluated(metrics["loss"])
+        if self._data.num_heldout_bytes:
+            metrics["bits_per_byte"] = self._data.bits_per_byte(metrics["loss"])
         self._recorder.evaluation(self._state.update, metrics)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.learner import LearnerActor
-from launch.config import SupervisedRunConfig
+from launch.config import LearnerRunConfig
 
 if TYPE_CHECKING:
     from launch.checkpoint import CheckpointStore
@@ -32,7 +32,7 @@ class SupervisedState:
     """Counts updates and decides when to evaluate, to save and to stop."""
 
     def __init__(
-        self, config: SupervisedRunConfig, store: CheckpointStore, progress: SupervisedProgress, num_updates: int
+        self, config: LearnerRunConfig, store: CheckpointStore, progress: SupervisedProgress, num_updates: int
     ) -> None:
         self._config = config
         self._store = store
@@ -40,7 +40,7 @@ class SupervisedState:
         self.num_updates = num_updates
 
     @staticmethod
-    def planned_updates(config: SupervisedRunConfig, num_rows: int) -> int:
+    def planned_updates(config: LearnerRunConfig, num_rows: int) -> int:
         """Updates that ``num_epochs`` over ``num_rows`` rows give, at most ``run.num_iterations``."""
         updates = math.ceil(config.algorithm.num_epochs * num_rows / config.algorithm.batch_size)
         return max(1, min(updates, config.run.num_iterations or updates))

@@ -73,7 +73,12 @@ def comparisons(num_pairs: int, seed: int = 0) -> pa.RecordBatch:
         COMPARISONS,
         {
             "comparison_id": [row // 2 for row in range(2 * num_pairs)],
+            "sequence_id": list(range(2 * num_pairs)),
             "rank": [0, 1] * num_pairs,
+            "num_prompt_tokens": [1] * (2 * num_pairs),
+            "margin": [0.0] * (2 * num_pairs),
+            "preference": [1.0] * (2 * num_pairs),
+            "rating": [""] * (2 * num_pairs),
             "tokens": [
                 [*torch.randint(10, 64, (n,), generator=source).tolist(), end]
                 for n, end in zip(lengths, ends, strict=True)

@@ -10,8 +10,6 @@ import torch
 
 from algorithms.errors import AlgorithmError
 from algorithms.ranking import (
-    MARGINS_LARGE,
-    MARGINS_SMALL,
     accuracy_counts,
     best_of_loss,
     centring_term,
@@ -177,13 +175,6 @@ def test_kwise_margin_by_hand() -> None:
     assert torch.autograd.grad(loss, scores_N)[0].tolist() == pytest.approx([0.75, -0.75])
     assert floats(metrics) == pytest.approx({"accuracy": 1.0, "margin": LN3, "score": LN3 / 2})
 
-
-def test_margin_tables() -> None:
-    """Llama 2, table 27."""
-    assert list(MARGINS_SMALL.values()) == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert list(MARGINS_LARGE.values()) == [3, 2, 1, 0]
-    ratings = ["significantly_better", "better", "slightly_better", "negligibly_better"]
-    assert list(MARGINS_SMALL) == list(MARGINS_LARGE) == ratings
 
 
 @pytest.mark.parametrize("with_margins", [False, True])

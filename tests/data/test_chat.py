@@ -6,7 +6,7 @@ import pytest
 
 from data.chat import Renderer
 from data.errors import RowError, TokenizerError
-from data.formats import Demonstration, Document, Prompt, Turn
+from data.records import Demonstration, Document, Prompt, Turn
 from data.tokenize import Encoder
 
 USER, BOT = "user", "assistant"

@@ -20,11 +20,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
-EXAMPLES, COMPARISONS, PROMPTS = ([json.loads(line) for line in block.splitlines()] for block in blocks("jsonl"))
+EXAMPLES, PAIRS, RANKED, FEEDBACK, PROMPTS = (
+    [json.loads(line) for line in block.splitlines()] for block in blocks("jsonl")
+)
 CASES = [
     *(("examples", row) for row in EXAMPLES),
-    *(("comparisons", row) for row in COMPARISONS),
-    *(("prompts", row) for row in [*EXAMPLES, *COMPARISONS, *PROMPTS]),
+    *(("comparisons", row) for row in [*PAIRS, *RANKED]),
+    *(("feedback", row) for row in [*PAIRS, *FEEDBACK]),
+    *(("prompts", row) for row in [*EXAMPLES, *PAIRS, *RANKED, *FEEDBACK, *PROMPTS]),
 ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from data.errors import FormatError, RowError
-from data.formats import Comparison, Demonstration, Document, Prompt, Turn, prompt_key, recognise
+from data.formats import recognise
+from data.records import Comparison, Demonstration, Document, Prompt, Turn, prompt_key
 
 ASK = {"role": "user", "content": "q"}
 REPLY = {"role": "assistant", "content": "a"}
@@ -18,6 +19,10 @@ def parse(row, kind):
 
 def asked(*turns, verbatim=False):
     return Prompt(turns, verbatim)
+
+
+def pair(prompt, chosen, rejected, **facts):
+    return Comparison(prompt, (chosen, rejected), (0, 1), **facts)
 
 
 @pytest.mark.parametrize(
@@ -48,27 +53,27 @@ def test_examples(row, expected):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
-        ({"prompt": "q", "chosen": [REPLY], "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
-        ({"prompt": "q", "chosen": [ASK, REPLY], "rejected": "b"}, Comparison(asked(Q, verbatim=True), (A,), (B,))),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, pair(asked(Q, verbatim=True), (A,), (B,))),
+        ({"prompt": "q", "chosen": [REPLY], "rejected": "b"}, pair(asked(Q, verbatim=True), (A,), (B,))),
+        ({"prompt": "q", "chosen": [ASK, REPLY], "rejected": "b"}, pair(asked(Q, verbatim=True), (A,), (B,))),
         (
             {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
-            Comparison(asked(Q), (A,), (B,)),
+            pair(asked(Q), (A,), (B,)),
         ),
         (
             {"chosen": [ASK, REPLY], "rejected": [ASK, {"role": "assistant", "content": "b"}]},
-            Comparison(asked(Q), (A,), (B,)),
+            pair(asked(Q), (A,), (B,)),
         ),
         (
             {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-            Comparison(asked(Q), (A,), (B,)),
+            pair(asked(Q), (A,), (B,)),
         ),
         (
             {
                 "chosen": "\n\nHuman: x\n\nAssistant: y\n\nHuman: q\n\nAssistant: a",
                 "rejected": "\n\nHuman: x\n\nAssistant: y\n\nHuman: q\n\nAssistant: ",
             },
-            Comparison(asked(Turn("user", "x"), Turn("assistant", "y"), Q), (A,), (Turn("assistant", ""),)),
+            pair(asked(Turn("user", "x"), Turn("assistant", "y"), Q), (A,), (Turn("assistant", ""),)),
         ),
         (
             {
@@ -76,7 +81,7 @@ def test_examples(row, expected):
                 "chosen": {"from": "gpt", "value": "a"},
                 "rejected": {"from": "gpt", "value": "b"},
             },
-            Comparison(asked(Q), (A,), (B,)),
+            pair(asked(Q), (A,), (B,)),
         ),
     ],
 )

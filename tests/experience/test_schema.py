@@ -9,7 +9,18 @@ import pyarrow as pa
 import pytest
 
 from experience import schema
-from experience.schema import ALL, PROMPTS, SCORES, VALUES, SchemaError, check_schema, make_batch, require_same_rows
+from experience.schema import (
+    ALL,
+    PROMPTS,
+    REF_SEQUENCE_LOGPROBS,
+    SCHEMA_VERSION,
+    SCORES,
+    VALUES,
+    SchemaError,
+    check_schema,
+    make_batch,
+    require_same_rows,
+)
 
 
 def scores(ids: list[int]) -> pa.RecordBatch:
@@ -23,7 +34,7 @@ def test_examples_in_docstrings() -> None:
 def test_every_schema_carries_its_version_and_name_and_no_nulls() -> None:
     for name, known in ALL.items():
         assert known.metadata[b"troupe.schema"].decode() == name
-        assert known.metadata[b"troupe.schema_version"] == b"1"
+        assert known.metadata[b"troupe.schema_version"] == str(SCHEMA_VERSION).encode()
         assert not any(field.nullable for field in known)
         assert not any(field.type.value_field.nullable for field in known if pa.types.is_list(field.type))
         check_schema(known.empty_table(), known)
@@ -62,7 +73,7 @@ def test_check_schema_says_what_differs() -> None:
     check_schema(pa.Table.from_batches([batch]), SCORES)
     with pytest.raises(SchemaError, match="expected a batch of schema values, got one of scores"):
         check_schema(batch, VALUES)
-    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 1"):
+    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 2"):
         check_schema(batch.replace_schema_metadata(None), SCORES)
     renamed = batch.rename_columns(["sample_id", "reward"]).replace_schema_metadata(SCORES.metadata)
     with pytest.raises(SchemaError, match=r"(?s)scores: expected .*score: float not null, got .*reward"):
@@ -78,6 +89,13 @@ def test_require_same_rows() -> None:
         with pytest.raises(SchemaError, match="scores: 1 rows where 2 were expected"):
             require_same_rows(expected, scores([3]))
     require_same_rows([], scores([]))
+
+
+def test_require_same_rows_by_another_id() -> None:
+    batch = make_batch(REF_SEQUENCE_LOGPROBS, {"sequence_id": [7, 8], "ref_logprob": [-1.5, -2.0]})
+    require_same_rows([7, 8], batch, "sequence_id")
+    with pytest.raises(SchemaError, match="ref_sequence_logprobs: row 0 is sequence 7, expected sequence 6"):
+        require_same_rows([6, 8], batch, "sequence_id")
 
 
 def test_what_the_driver_imports_is_free_of_torch() -> None:

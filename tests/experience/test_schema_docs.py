@@ -30,7 +30,8 @@ def test_every_column_stands_in_its_schemas_section_with_its_type(name: str) -> 
     for field in ALL[name]:
         if name in ("ref_logprobs", "policy_logprobs", "values", "scores") and field.name == "sample_id":
             continue
-        plain = str(field.type.value_type if pa.types.is_list(field.type) else field.type).replace("float", "float32")
+        plain = str(field.type.value_type if pa.types.is_list(field.type) else field.type)
+        plain = {"float": "float32", "double": "float64"}.get(plain, plain)
         kind = f"list<{plain}>" if pa.types.is_list(field.type) else plain
         written = f"`{field.name}` | `{kind}`"
         assert written in sections[0], f"{name}: expected a row with {written}"

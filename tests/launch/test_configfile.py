@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from launch.config import PPORunConfig, SupervisedRunConfig
-from launch.configfile import dump, load
+from launch.configfile import ALGORITHMS, dump, load
 from launch.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([ROOT / "ray_config.yaml", *(ROOT / "examples").glob("*.yaml")])
+NAMES = ", ".join(ALGORITHMS)
 SFT, PPO = ROOT / "examples" / "sft.yaml", ROOT / "examples" / "ppo.yaml"
 
 
@@ -187,7 +188,7 @@ def test_ppo_without_critic(tmp_path: Path) -> None:
 def test_a_learner_under_ppo() -> None:
     [problem] = refused(PPO, "learner={}")
     assert problem.endswith("ppo trains `policy` and `critic` and has no learner; call it `policy`, or set "
-                            "algorithm.name to pretrain, sft or reward_model")
+                            "algorithm.name to pretrain, sft, reward_model, dpo ...")
 
 
 def test_a_key_that_belongs_elsewhere() -> None:
@@ -199,8 +200,8 @@ def test_a_key_that_belongs_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("algorithm.name=dpo", "there is no algorithm 'dpo'; one of ppo, pretrain, sft, reward_model"),
-        ("algorithm={}", "is missing; one of ppo, pretrain, sft, reward_model"),
+        ("algorithm.name=dpop", f"there is no algorithm 'dpop'; one of {NAMES}"),
+        ("algorithm={}", f"is missing; one of {NAMES}"),
     ],
 )
 def test_no_such_algorithm(change: str, problem: str) -> None:

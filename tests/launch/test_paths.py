@@ -73,3 +73,9 @@ def test_other_places_are_kept(root: str, environment: dict[str, str], place: Pa
 def test_a_relative_home_keeps_a_job_from_nothing() -> None:
     with pytest.raises(RunDirError, match=r"run\.root is 'runs'"):
         runs_root("runs", {**JOB, HOME_VARIABLE: "."})
+
+
+def test_the_cache_of_data_starts_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(tmp_path))
+    data = DataConfig.model_validate({"train": "a.jsonl", "max_tokens": 8, "cache_dir": "runs/.data"})
+    assert resolve_data(data).cache_dir == str(tmp_path / "runs" / ".data")

@@ -124,7 +124,7 @@ def test_colocated_roles_share_one_accelerator_rank_by_rank() -> None:
     assert "policy 0.6 + critic 0.6 = 1.2" in what
     [(where, what)] = refused("ppo", *shared(policy=0.5, critic=0.5), "critic.ranks_per_node=1")
     assert where == "critic.colocate"
-    assert "critic has 1 rank laid out PACK and policy has 2 ranks laid out PACK" in what
+    assert "critic has 1 x 1 ranks laid out PACK and policy has 1 x 2 ranks laid out PACK" in what
 
 
 def test_a_group_of_one_is_a_slip_of_the_pen() -> None:
