@@ -36,8 +36,14 @@ def environment(**values: str) -> dict[str, str]:
 
 def session(address: str, seconds: float = 0, **values: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, address, str(seconds)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=environment(**values), start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command,
+        text=True,
+        env=environment(**values),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def output(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[str, str]:

@@ -19,7 +19,7 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def test_permutation_sorts_by_splitmix64():
+def test_permutation_sorts_by_splitmix64() -> None:
     state = 0
     for part in (7, 3):
         state = splitmix64(state ^ part)
@@ -28,18 +28,18 @@ def test_permutation_sorts_by_splitmix64():
     assert permutation(50, 7, 3).tolist() == sorted(range(50), key=hashes.__getitem__)
 
 
-def test_splitmix64_has_the_published_values():
+def test_splitmix64_has_the_published_values() -> None:
     """First outputs of the generator seeded with 1234567, from the authors' C code."""
     outputs = [splitmix64(1234567 + n * 0x9E3779B97F4A7C15) for n in range(3)]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-def test_permutation_never_changes():
+def test_permutation_never_changes() -> None:
     """Resumed runs count on it: this value is part of the checkpoint format."""
     assert permutation(10, 0, 0).tolist() == [1, 8, 9, 3, 6, 5, 0, 7, 4, 2]
 
 
-def test_permutation_looks_random():
+def test_permutation_looks_random() -> None:
     places = np.array([permutation(20, 5, epoch) for epoch in range(4000)])
     for place in range(20):
         counts = np.bincount(places[:, place], minlength=20)
@@ -52,7 +52,7 @@ def test_permutation_looks_random():
     data=st.data(),
     seed=st.integers(0, 2**63),
 )
-def test_every_source_goes_round_evenly(sizes, data, seed):
+def test_every_source_goes_round_evenly(sizes: list[int], data: st.DataObject, seed: int) -> None:
     weights = data.draw(st.none() | st.tuples(*[st.floats(0.1, 10)] * len(sizes)))
     mixture = Mixture(tuple(sizes), weights, seed)
     starts = np.cumsum([0, *sizes])
@@ -76,36 +76,36 @@ def test_every_source_goes_round_evenly(sizes, data, seed):
         ((4, 4), (1, 1000), (1, 7)),
     ],
 )
-def test_quotas(sizes, weights, quotas):
+def test_quotas(sizes: tuple[int, ...], weights: tuple[float, ...] | None, quotas: tuple[int, ...]) -> None:
     assert Mixture(sizes, weights, 0).quotas == quotas
 
 
-def test_sources_are_interleaved():
+def test_sources_are_interleaved() -> None:
     order = Mixture((500, 500), None, 3).epoch(0)
     first_half = (order[:500] < 500).mean()
     assert 0.4 < first_half < 0.6
 
 
-def test_interleaving_differs_from_epoch_to_epoch():
+def test_interleaving_differs_from_epoch_to_epoch() -> None:
     mixture = Mixture((50, 50), None, 3)
     assert ((mixture.epoch(0) < 50) != (mixture.epoch(1) < 50)).any()
 
 
-def test_a_source_is_gone_through_in_another_order_each_time():
+def test_a_source_is_gone_through_in_another_order_each_time() -> None:
     mixture = Mixture((20, 10), (1.0, 2.0), 3)
     first, second = (set(mixture.epoch(number)[mixture.epoch(number) < 20].tolist()) for number in (0, 2))
     assert len(first) == len(second) == 10
     assert first != second
 
 
-def test_empty_sources_are_refused():
+def test_empty_sources_are_refused() -> None:
     with pytest.raises(ValueError, match="every source of a mixture needs a row"):
         Mixture((3, 0), None, 0)
     with pytest.raises(ValueError, match="1 weights for 2 sources"):
         Mixture((3, 1), (1.0,), 0)
 
 
-def test_cursor_goes_round_and_through_json():
+def test_cursor_goes_round_and_through_json() -> None:
     cursor = advance(Cursor(), 25, 10)
     assert cursor == Cursor(epoch=2, position=5, drawn=25)
     assert Cursor.from_json(cursor.to_json()) == cursor

@@ -6,7 +6,9 @@ import gzip
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -18,11 +20,11 @@ from data.config import SourceConfig
 from data.errors import ReadError
 from data.readers import BadRow, Row, read_rows
 
-ROWS = [{"prompt": f"p{n}", "completion": "with\nline" if n else 'a "quoted", thing'} for n in range(3)]
+ROWS: list[dict[str, Any]] = [{"prompt": f"p{n}", "completion": "with\nline" if n else 'a "quoted", thing'} for n in range(3)]
 TABLE = pa.Table.from_pylist(ROWS)
 
 
-def read(path, **more):
+def read(path: Path | str, **more: Any) -> list[Any]:
     return list(read_rows(SourceConfig(path=str(path), **more)))
 
 
@@ -38,7 +40,7 @@ def write_stream(path: Path) -> None:
 
 
 JSONL = "\n".join(json.dumps(row) for row in ROWS) + "\n"
-WRITERS = {
+WRITERS: dict[str, tuple[Callable[[Path], object], list[int] | list[str]]] = {
     "a.jsonl": (lambda path: path.write_text(JSONL), [1, 2, 3]),
     "a.ndjson": (lambda path: path.write_text("\n" + JSONL), [2, 3, 4]),
     "a.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(JSONL.encode())), [1, 2, 3]),
@@ -55,7 +57,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_the_same_rows_and_says_where_they_stand(tmp_path, name):
+def test_every_kind_of_file_gives_the_same_rows_and_says_where_they_stand(tmp_path: Path, name: str) -> None:
     write, places = WRITERS[name]
     path = tmp_path / name
     write(path)
@@ -73,13 +75,13 @@ TEXT = "one\ntwo\n\n\n  \nthree é\r\nfour"
         ("file", [(TEXT, 1)]),
     ],
 )
-def test_plain_text(tmp_path, unit, expected):
+def test_plain_text(tmp_path: Path, unit: str, expected: list[tuple[str, int]]) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(TEXT.encode()))
     assert read(path, text_unit=unit) == [Row({"text": text}, f"{path}:{line}") for text, line in expected]
 
 
-def test_glob_folder_and_limit(tmp_path):
+def test_glob_folder_and_limit(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "deep/c.csv", ".hidden.jsonl", "README", "dataset_info.json", "_x/d.jsonl"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -92,13 +94,13 @@ def test_glob_folder_and_limit(tmp_path):
         read(tmp_path / "R*")
 
 
-def test_name_with_brackets_is_a_name_first(tmp_path):
+def test_name_with_brackets_is_a_name_first(tmp_path: Path) -> None:
     path = tmp_path / "a[1].jsonl"
     path.write_text(JSONL)
     assert len(read(path)) == 3
 
 
-def test_urls(tmp_path):
+def test_urls(tmp_path: Path) -> None:
     with fsspec.open("memory://corpus/a.jsonl.gz", "wb", compression="gzip") as out:
         out.write(JSONL.encode())
     for path in ("memory://corpus/a.jsonl.gz", "memory://corpus/*.gz", "memory://corpus"):
@@ -112,7 +114,7 @@ def test_urls(tmp_path):
         read("nosuch://x")
 
 
-def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
+def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}\n')
     first, *bad, last = read(path)
@@ -130,7 +132,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
     assert [type(row) for row in read(text)] == [Row, BadRow, Row]
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[bytes | None, str]] = {
     "absent.jsonl": (None, "no such file or folder"),
     "*.absent": (None, "no file matches"),
     "cut.jsonl.gz": (gzip.compress(JSONL.encode() * 99)[:-20], "cannot be read: "),
@@ -151,7 +153,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_files_that_cannot_be_read_are_an_error(tmp_path, name):
+def test_files_that_cannot_be_read_are_an_error(tmp_path: Path, name: str) -> None:
     content, why = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -160,13 +162,13 @@ def test_files_that_cannot_be_read_are_an_error(tmp_path, name):
     assert str(tmp_path / name) in str(failure.value)
 
 
-def test_folder_without_data(tmp_path):
+def test_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("nothing here")
     with pytest.raises(ReadError, match="the folder holds no file of a known kind"):
         read(tmp_path)
 
 
-def test_columns_are_renamed(tmp_path):
+def test_columns_are_renamed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "x", "id": 1}\n{"id": 2}\n')
     good, bad = read(path, columns={"prompt": "q"})
@@ -176,21 +178,22 @@ def test_columns_are_renamed(tmp_path):
     assert swapped.values == {"id": "x", "q": 1}
 
 
-def test_hub(monkeypatch):
-    calls = []
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None, str]] = []
 
-    def load_dataset(name, configuration, *, split):
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> list[dict[str, Any]]:
         calls.append((name, configuration, split))
         if name == "owner/absent":
             raise ConnectionError("no route")
         return ROWS
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    modules: dict[str, Any] = sys.modules
+    monkeypatch.setitem(modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert read("hub:owner/name", limit_rows=2)[1] == Row(ROWS[1], "hub:owner/name:row 2")
     read("hub:owner/name:english", split="test")
     assert calls == [("owner/name", None, "train"), ("owner/name", "english", "test")]
     with pytest.raises(ReadError, match=r"hub:owner/absent: cannot be loaded .*no route.*needs a network"):
         read("hub:owner/absent")
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(modules, "datasets", None)
     with pytest.raises(ReadError, match="needs the package `datasets`"):
         read("hub:owner/name")
