@@ -20,7 +20,9 @@ from data.config import SourceConfig
 from data.errors import ReadError
 from data.readers import BadRow, Row, read_rows
 
-ROWS: list[dict[str, Any]] = [{"prompt": f"p{n}", "completion": "with\nline" if n else 'a "quoted", thing'} for n in range(3)]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"p{n}", "completion": "with\nline" if n else 'a "quoted", thing'} for n in range(3)
+]
 TABLE = pa.Table.from_pylist(ROWS)
 
 
