@@ -23,6 +23,7 @@ from cluster.session import cluster_address, connect
 from data.tokenizer import Tokenizer
 from launch.check_data import check_data
 from launch.check_models import Facts, check_model, wanted_models
+from launch.check_tuning import check_tuning
 from launch.config import RunConfig
 from launch.errors import Problem, RunDirError
 from launch.roles import cpus_wanted
@@ -64,6 +65,7 @@ def check(config: RunConfig) -> CheckReport:
     models = list(wanted_models(config))
     for wanted in models:
         report.problems += check_model(wanted, report.facts, tokenizers)
+    report.problems += check_tuning(config, report.facts)
     report.problems += check_data(config, tokenizers.get(models[0].where), report.facts)
     report.problems += _check_places(config.placements(), config.cluster, cpus_wanted(config), report)
     return report

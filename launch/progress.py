@@ -21,8 +21,11 @@ HEADLINES = (
     ("truncated", "experience/truncated_fraction", ".1%"),
     ("loss", "learner/loss", ".4f"),
     ("accuracy", "learner/accuracy", ".1%"),
+    ("right way round", "learner/reward_accuracy", ".1%"),
+    ("margin", "learner/reward_margin", ".3f"),
     ("held-out loss", "heldout/loss", ".4f"),
     ("held-out accuracy", "heldout/accuracy", ".1%"),
+    ("held-out right way round", "heldout/reward_accuracy", ".1%"),
     ("ratio off by", "policy/first_ratio_max_deviation", ".1e"),
 )
 

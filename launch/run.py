@@ -76,6 +76,8 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
             stopped = await SupervisedDriver(config, roles, description, state, recorder, stop).run()
         if not stopped:
             await roles.learner.call(LearnerActor.export, run_dir.model)
+            if config.learner.tuning.has_adapter:
+                await roles.learner.call(LearnerActor.export_adapter, run_dir.adapter)
     return RunResult(run_dir.path, state.update, stopped)
 
 
@@ -96,6 +98,8 @@ async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: Sto
             stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir.experience).run()
         if not stopped:
             await roles.policy.call(PolicyActor.export, run_dir.model)
+            if config.policy.tuning.has_adapter:
+                await roles.policy.call(PolicyActor.export_adapter, run_dir.adapter)
     return RunResult(run_dir.path, state.iteration, stopped)
 
 

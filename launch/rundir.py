@@ -5,7 +5,8 @@
     logs/           one file for each rank of each role
     checkpoints/    step-00000010/, written whole or not at all
     experience/     iteration_000003.arrow, where run.keep_experience is on
-    model/          the trained model in Hugging Face form, at the end
+    model/          the trained model in Hugging Face form, at the end; adapters are merged into it
+    adapter/        the adapter alone, as PEFT loads it, where the model was tuned by one
 
 Invariant: a folder is begun once. To begin again under the same name the user moves or removes it; nothing here does.
 """
@@ -85,3 +86,8 @@ class RunDir:
     def model(self) -> Path:
         """The exported model."""
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The exported adapter."""
+        return self.path / "adapter"
