@@ -35,7 +35,8 @@ def connect(config: ClusterConfig, *, num_cpus_wanted: float) -> Iterator[None]:
     cluster = cluster_address(config)
     if cluster is not None:
         _require_answer(cluster)
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
+    # Ray's own warnings here are about its settings (that tokens are on, say), not about the run.
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if cluster is None:
             num_cpus = max(os.cpu_count() or 1, math.ceil(num_cpus_wanted))
