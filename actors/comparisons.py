@@ -48,7 +48,7 @@ class Comparisons:
 
     Raises:
         SchemaError: it is no such batch, or the rows of a comparison are not two or more that stand together, best
-            first.
+            first and with rising sequence ids.
     """
 
     def __init__(self, rows: Batches) -> None:
@@ -60,7 +60,9 @@ class Comparisons:
         self._sequence_ids = scalar_column(rows, "sequence_id")
         self._margins, self._preferences = scalar_column(rows, "margin"), scalar_column(rows, "preference")
         ids = scalar_column(rows, "comparison_id")
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (ids.diff() != 0).nonzero()[:, 0] + 1])
+        # A comparison that is drawn twice in a row begins again where its sequence ids fall.
+        begins = (ids.diff() != 0) | (self._sequence_ids.diff() <= 0)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), begins.nonzero()[:, 0] + 1])
         #: (P+1,) where the responses of each comparison begin.
         self.bounds: list[int] = [*starts.tolist(), len(ids)] if len(ids) else [0]
         self._require_order()

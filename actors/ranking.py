@@ -15,7 +15,7 @@ from actors.comparisons import ComparisonPack, Comparisons
 from actors.config import ModelConfig
 from actors.models import PackedModel, load_scorer
 from actors.objectives import LearningBatch, LossAndMetrics, Objective
-from algorithms.calibration import calibration_counts, expected_calibration_error
+from algorithms.calibration import ReliabilityBin, calibration_counts, expected_calibration_error, reliability
 from algorithms.config import RewardModelConfig
 from algorithms.loss_terms import add_terms
 from algorithms.ranking import (
@@ -129,6 +129,19 @@ class RewardRanking(Objective[ComparisonPack]):
                 denominator=denominator,
             ),
         )
+
+
+def reliability_of(report: Mapping[str, float]) -> list[ReliabilityBin]:
+    """The reliability table in what ``RewardRanking.evaluation`` reported; empty in a report of another kind."""
+    if _BIN.format(0, _PARTS[0]) not in report:
+        return []
+    table = [[report[_BIN.format(row, part)] for part in _PARTS] for row in range(NUM_BINS)]
+    return reliability(torch.tensor(table, dtype=torch.float64))
+
+
+def without_counts(report: Mapping[str, float]) -> dict[str, float]:
+    """A report without the counts that ``reliability_of`` reads."""
+    return {name: value for name, value in report.items() if not name.startswith("calibration_") or "error" in name}
 
 
 def _scores(model: nn.Module, pack: ComparisonPack) -> Tensor:

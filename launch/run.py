@@ -73,7 +73,7 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
             await roles.learner.call(LearnerActor.load, checkpoint / "learner")
         state = SupervisedState(config, store, progress, num_updates)
         with _recording(config, run_dir, num_updates, state.update) as recorder:
-            stopped = await SupervisedDriver(config, roles, description, state, recorder, stop).run()
+            stopped = await SupervisedDriver(config, roles, description, state, recorder, stop, run_dir.path).run()
         if not stopped:
             await roles.learner.call(LearnerActor.export, run_dir.model)
             if config.learner.tuning.has_adapter:

@@ -6,6 +6,7 @@
     checkpoints/    step-00000010/, written whole or not at all
     experience/     iteration_000003.arrow, where run.keep_experience is on
     model/          the trained model in Hugging Face form, at the end; adapters are merged into it
+    reliability.svg a reward model's accuracy by its confidence, on held-out comparisons
     adapter/        the adapter alone, as PEFT loads it, where the model was tuned by one
 
 Invariant: a folder is begun once. To begin again under the same name the user moves or removes it; nothing here does.

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from pathlib import Path
 
 from actors.learner import LearnerActor
+from actors.ranking import reliability_of, without_counts
 from actors.reports import TrainReport
 from actors.source import SourceActor, SourceDescription
 from launch.config import LearnerRunConfig
 from launch.recorder import Recorder, Stopwatch
+from launch.reliability import RELIABILITY_FILE, write_reliability
 from launch.roles import SupervisedRoles
 from launch.stopping import StopRequest
 from launch.supervised_state import SupervisedState
@@ -39,6 +42,7 @@ class SupervisedDriver:
         state: SupervisedState,
         recorder: Recorder,
         stop: StopRequest,
+        folder: Path,
     ) -> None:
         self._config = config
         self._roles = roles
@@ -46,6 +50,7 @@ class SupervisedDriver:
         self._state = state
         self._recorder = recorder
         self._stop = stop
+        self._folder = folder
 
     async def run(self) -> bool:
         """Train to the end. True where the run was stopped before it."""
@@ -92,7 +97,10 @@ class SupervisedDriver:
         batch, info = await self._roles.source.column_of(0, SourceActor.heldout)
         if info.num_rows == 0:
             return
-        metrics = (await self._roles.learner.call(LearnerActor.evaluate, [batch]))[0]
+        report = (await self._roles.learner.call(LearnerActor.evaluate, [batch]))[0]
+        metrics = without_counts(report)
+        if bins := reliability_of(report):
+            write_reliability(bins, metrics["calibration_error"], self._folder / RELIABILITY_FILE)
         self._state.evaluated(metrics["loss"])
         if self._data.num_heldout_bytes:
             metrics["bits_per_byte"] = self._data.bits_per_byte(metrics["loss"])
