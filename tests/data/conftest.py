@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import load_tokenizer
+from tests.data.decoding import DecodingTokenizer
 
 CORPUS = ["the cat sat on the mat and the dog sat on the log", "Human Assistant question answer sorted list 1 2 3 4"]
 
@@ -35,14 +37,14 @@ def make_raw() -> RawTokenizer:
     return raw
 
 
-MakeTokenizer = Callable[..., Tokenizer]
+MakeTokenizer = Callable[..., DecodingTokenizer]
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MakeTokenizer:
     """Make, save and load a tokenizer: ``template``, ``eos`` and ``bos`` as given."""
 
-    def make(*, template: str | None = None, eos: str | None = "</s>", bos: bool = False) -> Tokenizer:
+    def make(*, template: str | None = None, eos: str | None = "</s>", bos: bool = False) -> DecodingTokenizer:
         raw = make_raw()
         if bos:
             raw.post_processor = processors.TemplateProcessing(
@@ -52,18 +54,18 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MakeTokenizer:
         tokenizer.chat_template = template
         folder = tmp_path_factory.mktemp("tokenizer")
         tokenizer.save_pretrained(folder)
-        return load_tokenizer(str(folder))
+        return cast(DecodingTokenizer, load_tokenizer(str(folder)))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def plain(make_tokenizer: MakeTokenizer) -> Tokenizer:
+def plain(make_tokenizer: MakeTokenizer) -> DecodingTokenizer:
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def chatml(make_tokenizer: MakeTokenizer) -> Tokenizer:
+def chatml(make_tokenizer: MakeTokenizer) -> DecodingTokenizer:
     return make_tokenizer(template=CHATML, eos="<|im_end|>")
 
 

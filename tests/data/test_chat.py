@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import pytest
 
-from data.chat import Renderer
+from data.chat import Rendered, Renderer
 from data.errors import RowError, TokenizerError
 from data.records import Demonstration, Document, Prompt, Turn
 from data.tokenize import Encoder
+from tests.data.decoding import DecodingTokenizer
 
 USER, BOT = "user", "assistant"
 MARKED = (
@@ -32,29 +36,31 @@ ALTERNATING = (
 )
 
 
-def turns(*contents, first=USER):
+def turns(*contents: str, first: str = USER) -> tuple[Turn, ...]:
     order = (USER, BOT) if first == USER else (BOT, USER)
     return tuple(Turn(order[place % 2], content) for place, content in enumerate(contents))
 
 
-def demonstration(*contents):
+def demonstration(*contents: str) -> Demonstration:
     dialogue = turns(*contents)
     return Demonstration(Prompt(dialogue[:-1], verbatim=False), dialogue[-1:])
 
 
-def learnt(rendered):
+def learnt(rendered: Rendered) -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.spans]
 
 
 @pytest.fixture(scope="module")
-def of(make_tokenizer):
-    def renderer(template=None, apply="auto", **more):
+def of(make_tokenizer: Callable[..., DecodingTokenizer]) -> Callable[..., Renderer]:
+    def renderer(
+        template: str | None = None, apply: Literal["auto", "always", "never"] = "auto", **more: Any
+    ) -> Renderer:
         return Renderer(make_tokenizer(template=template, **more), apply)
 
     return renderer
 
 
-def test_verbatim_is_concatenation(plain):
+def test_verbatim_is_concatenation(plain: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
     renderer = Renderer(plain, "auto")
     assert renderer.prompt(prompt).text == "the cat"
@@ -62,7 +68,7 @@ def test_verbatim_is_concatenation(plain):
     assert (rendered.text, learnt(rendered), rendered.eos) == ("the cat sat", [" sat"], True)
 
 
-def test_dialogue_without_template(plain):
+def test_dialogue_without_template(plain: DecodingTokenizer) -> None:
     renderer = Renderer(plain, "auto")
     dialogue = (Turn("system", "Be kind."), *turns("a", "b", "c"))
     asked = "Be kind.\n\nHuman: a\n\nAssistant: b</s>\n\nHuman: c\n\nAssistant:"
@@ -73,7 +79,7 @@ def test_dialogue_without_template(plain):
     assert rendered.eos
 
 
-def test_template_learns_every_turn_with_its_end(chatml):
+def test_template_learns_every_turn_with_its_end(chatml: DecodingTokenizer) -> None:
     renderer = Renderer(chatml, "auto")
     rendered = renderer.demonstration(demonstration("a", "b", "c", "d"))
     assert learnt(rendered) == ["b<|im_end|>", "d<|im_end|>"]
@@ -84,7 +90,9 @@ def test_template_learns_every_turn_with_its_end(chatml):
     assert tokens.mask[-1] == 1
 
 
-def test_what_is_trained_on_begins_with_what_the_engines_are_given(chatml, plain):
+def test_what_is_trained_on_begins_with_what_the_engines_are_given(
+    chatml: DecodingTokenizer, plain: DecodingTokenizer
+) -> None:
     for tokenizer in (chatml, plain):
         renderer, encoder = Renderer(tokenizer, "auto"), Encoder(tokenizer)
         for prompt in (Prompt(turns("the cat"), verbatim=True), Prompt(turns("a", "b", "c"), verbatim=False)):
@@ -93,40 +101,40 @@ def test_what_is_trained_on_begins_with_what_the_engines_are_given(chatml, plain
             assert whole.mask == [0] * len(asked.tokens) + [1] * (len(whole.tokens) - len(asked.tokens))
 
 
-def test_template_without_an_end_gets_eos(of):
+def test_template_without_an_end_gets_eos(of: Callable[..., Renderer]) -> None:
     rendered = of(NO_END).demonstration(demonstration("a", "b", "c", "d"))
     assert learnt(rendered) == [" b\n", " d\n"]
     assert rendered.eos
 
 
-def test_markers_are_used_and_completed_by_the_end_of_turn(of):
+def test_markers_are_used_and_completed_by_the_end_of_turn(of: Callable[..., Renderer]) -> None:
     rendered = of(MARKED).demonstration(demonstration("a", "b", "c", "d"))
     assert learnt(rendered) == ["b<|im_end|>", "d<|im_end|>"]
     assert rendered.text.endswith("d<|im_end|>")
     assert not rendered.eos
 
 
-def test_template_that_rewrites_the_past_is_refused_by_row(of):
+def test_template_that_rewrites_the_past_is_refused_by_row(of: Callable[..., Renderer]) -> None:
     renderer = of(FORGETFUL)
     assert learnt(renderer.demonstration(demonstration("a", "bb"))) == ["bb</s>"]
     with pytest.raises(RowError, match="before turn 2 otherwise"):
         renderer.demonstration(demonstration("a", "bb", "c", "dd"))
 
 
-def test_template_whose_answer_does_not_follow_its_question_is_refused_by_row(of):
+def test_template_whose_answer_does_not_follow_its_question_is_refused_by_row(of: Callable[..., Renderer]) -> None:
     thinking = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     prompt = Prompt(turns("a"), verbatim=False)
     with pytest.raises(RowError, match="before turn 2 otherwise"):
         of(thinking).response(prompt, turns("b", first=BOT))
 
 
-def test_template_that_refuses_the_turns_is_named(of):
+def test_template_that_refuses_the_turns_is_named(of: Callable[..., Renderer]) -> None:
     two_users = Prompt((Turn(USER, "a"), Turn(USER, "b")), verbatim=False)
     with pytest.raises(RowError, match="the chat template refuses these turns: roles must alternate"):
         of(ALTERNATING).prompt(two_users)
 
 
-def test_never_and_always(of, chatml):
+def test_never_and_always(of: Callable[..., Renderer], chatml: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
     assert Renderer(chatml, "never").prompt(prompt).text == "the cat"
     assert Renderer(chatml, "always").prompt(prompt).text.endswith("<|im_start|>assistant\n")
@@ -134,22 +142,24 @@ def test_never_and_always(of, chatml):
         of(apply="always")
 
 
-def test_dialogue_without_eos_is_refused_where_it_is_needed(of):
+def test_dialogue_without_eos_is_refused_where_it_is_needed(of: Callable[..., Renderer]) -> None:
     renderer = of(eos=None)
     assert renderer.prompt(Prompt(turns("a"), verbatim=False)).text == "\n\nHuman: a\n\nAssistant:"
     with pytest.raises(TokenizerError, match="has no EOS token, which has to follow every turn"):
         renderer.prompt(Prompt(turns("a", "b", "c"), verbatim=False))
 
 
-def test_response_that_brings_its_own_eos_gets_no_second(plain):
+def test_response_that_brings_its_own_eos_gets_no_second(plain: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
     rendered = Renderer(plain, "auto").response(prompt, turns(" sat</s>", first=BOT))
     (row,) = Encoder(plain).encode([rendered])
+    assert plain.eos_token_id is not None
     assert row.tokens.count(plain.eos_token_id) == 1
 
 
-def test_bos_comes_once_in_front(make_tokenizer):
+def test_bos_comes_once_in_front(make_tokenizer: Callable[..., DecodingTokenizer]) -> None:
     tokenizer = make_tokenizer(bos=True)
+    assert tokenizer.bos_token_id is not None
     renderer, encoder = Renderer(tokenizer, "auto"), Encoder(tokenizer)
     prompt = Prompt(turns("the cat"), verbatim=True)
     rows = encoder.encode(
@@ -169,7 +179,7 @@ def test_bos_comes_once_in_front(make_tokenizer):
     assert encoder.encode([with_template])[0].tokens.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_token_across_the_border_is_not_made(plain):
+def test_a_token_across_the_border_is_not_made(plain: DecodingTokenizer) -> None:
     """``th`` + ``e cat`` would be the one token ``the`` if the text were tokenised as a whole."""
     encoder, renderer = Encoder(plain), Renderer(plain, "auto")
     (whole,) = encoder.encode([renderer.document(Document("the cat"))])

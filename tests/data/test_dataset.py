@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data.config import DataConfig
 from data.dataset import Dataset
 from data.errors import DataError, EmptyDataError, FormatError, RowError, TokenizerError, TooLongError
+from data.formats import Kind
 from data.order import Cursor
 from experience.schema import COMPARISONS, EXAMPLES, PROMPTS, check_schema
+from tests.data.decoding import DecodingTokenizer
 
 
-def demonstrations(count, start=0):
+def demonstrations(count: int, start: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"list {n} the", "completion": f" cat {n}"} for n in range(start, start + count)]
 
 
-def make(tokenizer, kind, train, max_tokens=64, seed=0, whole_document=False, **more):
+def make(
+    tokenizer: DecodingTokenizer,
+    kind: Kind,
+    train: Any,
+    max_tokens: int = 64,
+    seed: int = 0,
+    whole_document: bool = False,
+    **more: Any,
+) -> Dataset:
     config = DataConfig(train=train, max_tokens=max_tokens, **more)
     return Dataset.from_config(config, kind, tokenizer, seed=seed, whole_document=whole_document)
 
 
-def text(tokenizer, tokens):
+def text(tokenizer: DecodingTokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens)
 
 
-def learnt(tokenizer, batch, row):
+def learnt(tokenizer: DecodingTokenizer, batch: pa.RecordBatch, row: int) -> str:
     tokens, mask = batch["tokens"][row].as_py(), batch["loss_mask"][row].as_py()
     return tokenizer.decode([token for token, one in zip(tokens, mask, strict=True) if one])
 
 
-def test_examples_are_prompt_and_completion_and_eos(plain, jsonl):
+def test_examples_are_prompt_and_completion_and_eos(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     data = make(plain, "examples", jsonl({"prompt": "the cat", "completion": " sat"}))
     batch = data.draw(Cursor(), 1).batch
     check_schema(batch, EXAMPLES)
@@ -42,7 +55,7 @@ def test_examples_are_prompt_and_completion_and_eos(plain, jsonl):
     assert learnt(plain, batch, 0) == " sat</s>"
 
 
-def test_comparisons_are_two_rows_chosen_first(plain, jsonl):
+def test_comparisons_are_two_rows_chosen_first(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     rows = [{"prompt": f"{n} the", "chosen": f" cat {n}", "rejected": f" dog {n}"} for n in range(7)]
     data = make(plain, "comparisons", jsonl(*rows))
     drawn = data.draw(Cursor(), 7)
@@ -57,7 +70,7 @@ def test_comparisons_are_two_rows_chosen_first(plain, jsonl):
     assert drawn.lengths.tolist() == [len(tokens) for tokens in drawn.batch["tokens"].to_pylist()]
 
 
-def test_prompts_carry_their_line_and_serial_number(plain, jsonl):
+def test_prompts_carry_their_line_and_serial_number(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(*demonstrations(5))
     data = make(plain, "prompts", path)
     first = data.draw(Cursor(), 3)
@@ -70,7 +83,7 @@ def test_prompts_carry_their_line_and_serial_number(plain, jsonl):
         assert text(plain, tokens) == f"list {line - 1} the"
 
 
-def test_batches_do_not_depend_on_how_the_order_is_cut(plain, jsonl):
+def test_batches_do_not_depend_on_how_the_order_is_cut(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     data = make(plain, "prompts", jsonl(*demonstrations(7)))
     whole = data.draw(Cursor(), 30).batch
     cursor, parts = Cursor(), []
@@ -82,7 +95,7 @@ def test_batches_do_not_depend_on_how_the_order_is_cut(plain, jsonl):
     assert cursor == Cursor(epoch=4, position=2, drawn=30)
 
 
-def test_every_row_once_an_epoch_and_another_order_each(plain, jsonl):
+def test_every_row_once_an_epoch_and_another_order_each(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     data = make(plain, "examples", jsonl(*demonstrations(20)))
     epochs = [data.draw(Cursor(epoch, 0), 20).ids.tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
@@ -91,8 +104,8 @@ def test_every_row_once_an_epoch_and_another_order_each(plain, jsonl):
     assert other_seed.draw(Cursor(), 20).ids.tolist() != epochs[0]
 
 
-def test_held_out_rows_stay_held_out_when_data_grow(plain, jsonl):
-    def heldout(count):
+def test_held_out_rows_stay_held_out_when_data_grow(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
+    def heldout(count: int) -> tuple[set[str], set[str]]:
         data = make(plain, "prompts", jsonl(*demonstrations(count)), heldout_fraction=0.25)
         assert data.num_rows + data.num_heldout_rows == count
         trained = data.draw(Cursor(), data.num_rows).batch["source"].to_pylist()
@@ -104,12 +117,13 @@ def test_held_out_rows_stay_held_out_when_data_grow(plain, jsonl):
     assert not large & trained
 
 
-def test_the_same_prompt_is_held_out_in_every_kind(plain, jsonl):
+def test_the_same_prompt_is_held_out_in_every_kind(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     rows = [{"prompt": f"{n} the", "chosen": " cat", "rejected": " dog", "completion": " log"} for n in range(60)]
-    def heldout(kind, skipped):
+    def heldout(kind: Kind, skipped: int) -> list[list[int]]:
         path = jsonl(*rows[skipped:], name=f"{kind}.jsonl")
         data = make(plain, kind, path, heldout_fraction=0.3)
-        return data.heldout().batch["tokens"].to_pylist()
+        tokens: list[list[int]] = data.heldout().batch["tokens"].to_pylist()
+        return tokens
 
     prompts, examples, comparisons = heldout("prompts", 0), heldout("examples", 5), heldout("comparisons", 9)
     assert 5 < len(prompts) < 60
@@ -120,7 +134,7 @@ def test_the_same_prompt_is_held_out_in_every_kind(plain, jsonl):
         assert example[: len(prompt)] == prompt == chosen[: len(prompt)]
 
 
-def test_held_out_source(plain, jsonl):
+def test_held_out_source(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     data = make(plain, "examples", jsonl(*demonstrations(5)), heldout=jsonl(*demonstrations(3, 90), name="h.jsonl"))
     drawn = data.heldout()
     assert data.num_heldout_rows == drawn.batch.num_rows == 3
@@ -129,20 +143,24 @@ def test_held_out_source(plain, jsonl):
     assert data.heldout(3, 5).batch.num_rows == 0
 
 
-def test_nothing_held_out_is_an_empty_batch_unless_a_fraction_is_asked_for(plain, jsonl):
+def test_nothing_held_out_is_an_empty_batch_unless_a_fraction_is_asked_for(
+    plain: DecodingTokenizer, jsonl: Callable[..., str]
+) -> None:
     path = jsonl(*demonstrations(2))
     assert make(plain, "examples", path).heldout().batch.num_rows == 0
     with pytest.raises(EmptyDataError, match=r"heldout_fraction 1e-09 holds out nothing.*2 rows read"):
         make(plain, "examples", path, heldout_fraction=1e-9)
 
 
-def test_bad_row_is_refused_by_file_and_line(plain, jsonl):
+def test_bad_row_is_refused_by_file_and_line(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(*demonstrations(2), "{broken", *demonstrations(1))
     with pytest.raises(RowError, match=rf"{path}:3: not JSON"):
         make(plain, "examples", path)
 
 
-def test_bad_rows_are_skipped_counted_and_named(plain, jsonl, caplog):
+def test_bad_rows_are_skipped_counted_and_named(
+    plain: DecodingTokenizer, jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
     broken = ["[1]", {"prompt": "", "completion": "x"}, {"prompt": "x"}, {"prompt": 3, "completion": "y"}]
     path = jsonl(*demonstrations(2), *broken, *demonstrations(1))
     data = make(plain, "examples", path, bad_rows="skip")
@@ -152,7 +170,9 @@ def test_bad_rows_are_skipped_counted_and_named(plain, jsonl, caplog):
         assert any(f"{path}:{line}: " in message and why in message for message in caplog.messages), caplog.messages
 
 
-def test_only_the_first_bad_rows_are_named(plain, jsonl, caplog):
+def test_only_the_first_bad_rows_are_named(
+    plain: DecodingTokenizer, jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
     data = make(plain, "examples", jsonl(*demonstrations(1), *["nonsense"] * 50), bad_rows="skip")
     assert data.counts[0].bad == 50
     assert sum("left out: not JSON" in message for message in caplog.messages) == 20
@@ -160,7 +180,7 @@ def test_only_the_first_bad_rows_are_named(plain, jsonl, caplog):
 
 
 @pytest.mark.parametrize("kind", ["examples", "prompts"])
-def test_too_long_rows(plain, jsonl, kind):
+def test_too_long_rows(plain: DecodingTokenizer, jsonl: Callable[..., str], kind: Kind) -> None:
     rows = [*demonstrations(2), {"prompt": "the cat sat on " * 9, "completion": " log"}]
     path = jsonl(*rows)
     data = make(plain, kind, path, max_tokens=24, too_long="skip")
@@ -170,7 +190,7 @@ def test_too_long_rows(plain, jsonl, kind):
         make(plain, kind, path, max_tokens=24, too_long="refuse")
 
 
-def test_truncation_cuts_responses_but_never_prompts(plain, jsonl):
+def test_truncation_cuts_responses_but_never_prompts(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     rows = [{"prompt": "the", "completion": " cat sat" * 30}, {"prompt": "the dog " * 30, "completion": " log"}]
     data = make(plain, "examples", jsonl(*rows), max_tokens=16, too_long="truncate")
     batch = data.draw(Cursor(), 1).batch
@@ -181,7 +201,7 @@ def test_truncation_cuts_responses_but_never_prompts(plain, jsonl):
     assert (prompts.num_rows, prompts.counts[0].too_long) == (1, 1)
 
 
-def test_a_comparison_is_left_out_whole(plain, jsonl):
+def test_a_comparison_is_left_out_whole(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     rows = [
         {"prompt": "the", "chosen": " cat", "rejected": " dog" * 40},
         {"prompt": "the", "chosen": " cat", "rejected": " mat"},
@@ -194,7 +214,7 @@ def test_a_comparison_is_left_out_whole(plain, jsonl):
     ]
 
 
-def test_nothing_left_says_the_counts(plain, jsonl):
+def test_nothing_left_says_the_counts(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(*demonstrations(4), "nonsense")
     counts = r"5 rows read, 1 bad, 4 too long, 0 kept .*max_tokens 2; the longest has \d+"
     with pytest.raises(EmptyDataError, match=counts):
@@ -203,7 +223,9 @@ def test_nothing_left_says_the_counts(plain, jsonl):
         make(plain, "examples", jsonl(name="empty.jsonl"))
 
 
-def test_wrong_columns_name_what_is_there_and_what_is_known(plain, jsonl):
+def test_wrong_columns_name_what_is_there_and_what_is_known(
+    plain: DecodingTokenizer, jsonl: Callable[..., str]
+) -> None:
     path = jsonl({"question_text": "x", "reply": "y"})
     with pytest.raises(FormatError) as failure:
         make(plain, "examples", path, bad_rows="skip")
@@ -214,7 +236,7 @@ def test_wrong_columns_name_what_is_there_and_what_is_known(plain, jsonl):
         make(plain, "examples", jsonl({"prompt": "x", "chosen": "y", "rejected": "z"}))
 
 
-def test_columns_are_renamed(plain, jsonl):
+def test_columns_are_renamed(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     source = {"path": jsonl({"q": "the", "a": " cat"}), "columns": {"prompt": "q", "completion": "a"}}
     data = make(plain, "examples", source)
     assert text(plain, data.draw(Cursor(), 1).batch["tokens"][0].as_py()) == "the cat</s>"
@@ -222,7 +244,7 @@ def test_columns_are_renamed(plain, jsonl):
         make(plain, "examples", source | {"columns": {"prompt": "zz"}})
 
 
-def test_documents_are_joined_with_eos_and_cut(plain, tmp_path: Path):
+def test_documents_are_joined_with_eos_and_cut(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat\n\nthe dog\n" + "on the mat and the log\n" * 5)
     packed = make(plain, "examples", str(path), max_tokens=10)
@@ -238,7 +260,7 @@ def test_documents_are_joined_with_eos_and_cut(plain, tmp_path: Path):
     assert separate.num_rows == 7
 
 
-def test_a_lone_last_token_is_no_sequence(plain, tmp_path: Path):
+def test_a_lone_last_token_is_no_sequence(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat\n")
     count = make(plain, "examples", str(path), max_tokens=99).num_tokens
@@ -246,7 +268,7 @@ def test_a_lone_last_token_is_no_sequence(plain, tmp_path: Path):
     assert (cut.num_rows, cut.num_tokens) == (1, count - 1)
 
 
-def test_pretraining_takes_any_format_whole(plain, jsonl):
+def test_pretraining_takes_any_format_whole(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl({"prompt": "the", "completion": " cat", "text": "a text"}, {"prompt": "on", "completion": " log"})
     rows = make(plain, "examples", path, documents="separate", whole_document=True).draw(Cursor(), 2)
     texts = {text(plain, row) for row in rows.batch["tokens"].to_pylist()}
@@ -256,7 +278,7 @@ def test_pretraining_takes_any_format_whole(plain, jsonl):
     assert all(row[0] == 0 and all(row[1:]) for row in everything["loss_mask"].to_pylist())
 
 
-def test_mixture_of_files_by_weight(plain, jsonl):
+def test_mixture_of_files_by_weight(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     sources = [
         {"path": jsonl(*demonstrations(90)), "weight": 1.0},
         {"path": jsonl(*demonstrations(10, 700), name="b.jsonl"), "weight": 1.0},
@@ -270,7 +292,7 @@ def test_mixture_of_files_by_weight(plain, jsonl):
         DataConfig(train=[sources[0], {"path": "c.jsonl"}], max_tokens=4)
 
 
-def test_fingerprint_follows_data_seed_and_weights(plain, jsonl):
+def test_fingerprint_follows_data_seed_and_weights(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(*demonstrations(5))
     print_of = make(plain, "examples", path).fingerprint()
     assert make(plain, "examples", path).fingerprint() == print_of
@@ -279,7 +301,7 @@ def test_fingerprint_follows_data_seed_and_weights(plain, jsonl):
     assert make(plain, "examples", jsonl(*demonstrations(4))).fingerprint() != print_of
 
 
-def test_cursors_that_are_none_are_refused(plain, jsonl):
+def test_cursors_that_are_none_are_refused(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     data = make(plain, "examples", jsonl(*demonstrations(5)))
     for wrong in ("", "[]", "{}x", '{"epoch": -1}', '{"page": 1}', json.dumps({"epoch": "0"})):
         with pytest.raises(DataError, match="not a data cursor"):
@@ -290,7 +312,9 @@ def test_cursors_that_are_none_are_refused(plain, jsonl):
         data.draw(Cursor(), 0)
 
 
-def test_tokenizer_without_eos_is_refused_where_it_is_needed(make_tokenizer, jsonl):
+def test_tokenizer_without_eos_is_refused_where_it_is_needed(
+    make_tokenizer: Callable[..., DecodingTokenizer], jsonl: Callable[..., str]
+) -> None:
     bare = make_tokenizer(eos=None)
     path = jsonl(*demonstrations(2))
     for kind in ("examples", "comparisons"):
@@ -299,6 +323,6 @@ def test_tokenizer_without_eos_is_refused_where_it_is_needed(make_tokenizer, jso
     assert make(bare, "prompts", path).num_rows == 2
 
 
-def test_tokenizer_without_template_is_refused_for_always(plain, jsonl):
+def test_tokenizer_without_template_is_refused_for_always(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     with pytest.raises(TokenizerError, match=r"has no chat template, and .* is `always`"):
         make(plain, "prompts", jsonl(*demonstrations(2)), apply_chat_template="always")

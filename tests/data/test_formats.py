@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from data.errors import FormatError, RowError
-from data.formats import recognise
+from data.formats import Kind, recognise
 from data.records import Comparison, Demonstration, Document, Prompt, Turn, prompt_key
 
 ASK = {"role": "user", "content": "q"}
@@ -13,15 +15,15 @@ REPLY = {"role": "assistant", "content": "a"}
 Q, A, B = Turn("user", "q"), Turn("assistant", "a"), Turn("assistant", "b")
 
 
-def parse(row, kind):
+def parse(row: dict[str, Any], kind: Kind) -> Any:
     return recognise(frozenset(row), kind).parse(row)
 
 
-def asked(*turns, verbatim=False):
+def asked(*turns: Turn, verbatim: bool = False) -> Prompt:
     return Prompt(turns, verbatim)
 
 
-def pair(prompt, chosen, rejected, **facts):
+def pair(prompt: Prompt, chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], **facts: Any) -> Comparison:
     return Comparison(prompt, (chosen, rejected), (0, 1), **facts)
 
 
@@ -46,7 +48,7 @@ def pair(prompt, chosen, rejected, **facts):
         ({"text": "t"}, Document("t")),
     ],
 )
-def test_examples(row, expected):
+def test_examples(row: dict[str, Any], expected: Any) -> None:
     assert parse(row, "examples") == expected
 
 
@@ -85,7 +87,7 @@ def test_examples(row, expected):
         ),
     ],
 )
-def test_comparisons(row, expected):
+def test_comparisons(row: dict[str, Any], expected: Any) -> None:
     assert parse(row, "comparisons") == expected
     assert parse(row, "prompts") == expected.prompt
 
@@ -105,11 +107,11 @@ def test_comparisons(row, expected):
         ({"text": "q"}, asked(Q, verbatim=True)),
     ],
 )
-def test_prompts_are_the_prompt_part_of_any_format(row, expected):
+def test_prompts_are_the_prompt_part_of_any_format(row: dict[str, Any], expected: Any) -> None:
     assert parse(row, "prompts") == expected
 
 
-def test_turns_of_one_side_in_a_row_become_one():
+def test_turns_of_one_side_in_a_row_become_one() -> None:
     record = parse({"messages": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}, "examples")
     assert record == Demonstration(asked(Q), (Turn("assistant", "a\n\nb"),))
 
@@ -141,20 +143,20 @@ def test_turns_of_one_side_in_a_row_become_one():
         ("prompts", {"prompt": 4}, "prompt must be a list of messages"),
     ],
 )
-def test_rows_that_are_not_of_their_format(kind, row, why):
+def test_rows_that_are_not_of_their_format(kind: Kind, row: dict[str, Any], why: str) -> None:
     with pytest.raises(RowError, match=why):
         parse(row, kind)
 
 
-def test_unknown_columns():
+def test_unknown_columns() -> None:
     with pytest.raises(FormatError, match=r"the columns are none; for comparisons they must include one of: prompt \+"):
         recognise(frozenset(), "comparisons")
     assert str(recognise(frozenset({"text", "prompt", "completion"}), "examples")) == "prompt + completion"
     assert str(recognise(frozenset({"text", "prompt"}), "examples", whole_document=True)) == "text"
 
 
-def test_prompt_key_is_of_the_prompt_alone():
-    rows = [
+def test_prompt_key_is_of_the_prompt_alone() -> None:
+    rows: list[tuple[dict[str, Any], Kind]] = [
         ({"prompt": "q"}, "prompts"),
         ({"prompt": "q", "completion": "a"}, "examples"),
         ({"question": "q", "answer": "b"}, "examples"),
