@@ -20,7 +20,7 @@ from experience.ledger import Ledger, PromptState
 from experience.table import open_table, write_table
 
 if TYPE_CHECKING:
-    from actors.source import BatchInfo
+    from actors.source import BatchInfo, SourceDescription
     from launch.checkpoint import CheckpointStore
     from launch.config import PPORunConfig
     from launch.roles import PPORoles
@@ -40,9 +40,10 @@ class _Drawn:
 class OnlineState:
     """The iteration, the KL coefficient, the place in the data, and the ledger.
 
-    ``cursor`` is where the next batch of prompts is drawn from. A checkpoint keeps the cursor of the first batch
-    that has not been trained on instead: after a resume its prompts are drawn again under the same ids, and with
-    the seeds that follow from these ids, so no prompt is lost and none is trained on twice.
+    ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps
+    the cursor of the first batch that has not been trained on instead: after a resume its prompts are drawn again
+    under the same ids, and with the seeds that follow from these ids, so no prompt is lost and none is trained on
+    twice.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class OnlineState:
         *,
         iteration: int,
         cursor: str,
+        fingerprint: str,
         kl: KLController,
         ledger: Ledger,
     ) -> None:
@@ -60,15 +62,24 @@ class OnlineState:
         self._pending: deque[_Drawn] = deque()
         self.iteration = iteration
         self.cursor = cursor
+        self.fingerprint = fingerprint
         self.kl = kl
         self.ledger = ledger
 
     @classmethod
-    def begin(cls, config: PPORunConfig, store: CheckpointStore, first_cursor: str) -> OnlineState:
+    def begin(cls, config: PPORunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
         """The state before the first iteration."""
         kl = config.algorithm.kl
         controller = KLController(kl.coefficient, kl.target, kl.horizon_samples)
-        return cls(config, store, iteration=0, cursor=first_cursor, kl=controller, ledger=Ledger())
+        return cls(
+            config,
+            store,
+            iteration=0,
+            cursor=data.first_cursor,
+            fingerprint=data.fingerprint,
+            kl=controller,
+            ledger=Ledger(),
+        )
 
     @classmethod
     def read(cls, config: PPORunConfig, store: CheckpointStore, checkpoint: Path) -> OnlineState:
@@ -80,6 +91,7 @@ class OnlineState:
             store,
             iteration=saved["iteration"],
             cursor=saved["cursor"],
+            fingerprint=saved["data_fingerprint"],
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE),
         )
@@ -137,6 +149,7 @@ class OnlineState:
             state = {
                 "iteration": self.iteration,
                 "cursor": cursor,
+                "data_fingerprint": self.fingerprint,
                 "kl_coefficient": self.kl.coefficient,
             }
             write_table(pa.Table.from_batches([ledger]), folder / LEDGER_FILE)

@@ -11,10 +11,11 @@ from pathlib import Path
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from actors.source import SourceActor
+from actors.source import SourceActor, SourceDescription
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
 from launch.config import LearnerRunConfig, PPORunConfig, PreferenceRunConfig, RunConfig
+from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
@@ -49,7 +50,12 @@ def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
         LaunchError: the run's folder, or its checkpoint, is not as it must be.
         ClusterError: a role could not be placed, failed, or was silent past its deadline.
     """
-    run_dir = RunDir.open(config, resume=resume)
+    with RunDir.of(config).held():
+        run_dir = RunDir.open(config, resume=resume)
+        return _run(config, run_dir, resume, stop)
+
+
+def _run(config: RunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     # Listening begins after Ray has put its own handlers in place, which end the process at once.
     with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)), stop.listening():
         match config:
@@ -65,11 +71,12 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
-        progress = SupervisedProgress(0, description.first_cursor)
+        progress = SupervisedProgress(0, description.first_cursor, description.fingerprint)
         if isinstance(config, PreferenceRunConfig) and config.algorithm.needs_reference:
             await prepare_reference(config, roles, run_dir.path.parent)
         if checkpoint is not None:
             progress = SupervisedState.read(checkpoint)
+            require_same_data(progress.fingerprint, description, checkpoint)
             await roles.learner.call(LearnerActor.load, checkpoint / "learner")
         state = SupervisedState(config, store, progress, num_updates)
         with _recording(config, run_dir, num_updates, state.update) as recorder:
@@ -85,11 +92,12 @@ async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: Sto
     store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
     checkpoint = store.latest() if resume else None
     async with ppo_roles(config, run_dir.logs) as roles:
+        description = await roles.source.call_one(0, SourceActor.describe)
         if checkpoint is None:
-            description = await roles.source.call_one(0, SourceActor.describe)
-            state = OnlineState.begin(config, store, description.first_cursor)
+            state = OnlineState.begin(config, store, description)
         else:
             state = OnlineState.read(config, store, checkpoint)
+            require_same_data(state.fingerprint, description, checkpoint)
             await asyncio.gather(
                 roles.policy.call(PolicyActor.load, checkpoint / "policy"),
                 roles.critic.call(CriticActor.load, checkpoint / "critic"),
@@ -101,6 +109,20 @@ async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: Sto
             if config.policy.tuning.has_adapter:
                 await roles.policy.call(PolicyActor.export_adapter, run_dir.adapter)
     return RunResult(run_dir.path, state.iteration, stopped)
+
+
+def require_same_data(fingerprint: str, description: SourceDescription, checkpoint: Path) -> None:
+    """Refuse to go on where the cursor of a checkpoint would mean other rows.
+
+    Raises:
+        CheckpointError: the data are not those that the checkpoint was made with.
+    """
+    if description.fingerprint != fingerprint:
+        sources = "; ".join(str(counts) for counts in description.counts)
+        raise CheckpointError(
+            f"the data are not those of {checkpoint}: rows, order, tokenizer, data.* or run.seed have changed (now "
+            f"{sources}); give back what was there, or start a new run"
+        )
 
 
 @contextmanager

@@ -14,6 +14,11 @@ Invariant: a folder is begun once. To begin again under the same name the user m
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +26,8 @@ from launch.config import RunConfig
 from launch.configfile import dump
 from launch.errors import RunDirError
 from launch.paths import runs_root
+
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,34 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"cannot write to {run_dir.path}: {error.strerror}; choose another run.root") from error
         return run_dir
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the folder for this process: the lock goes with it, however it ends.
+
+        Of a network file system this holds as far as that passes locks on.
+
+        Raises:
+            RunDirError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK_FILE).open("a+")
+        except OSError as error:
+            raise RunDirError(f"cannot write to {self.path}: {error.strerror}; choose another run.root") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunDirError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}; wait for it to end, or give "
+                    "this run another name (run.name=...)"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
 
     @property
     def config(self) -> Path:

@@ -20,10 +20,14 @@ STATE_FILE = "state.json"
 
 @dataclass
 class SupervisedProgress:
-    """The part that is written down: ``cursor`` is of the batch that update number ``update`` will train on."""
+    """The part that is written down: ``cursor`` is of the batch that update number ``update`` will train on.
+
+    ``fingerprint`` is of the data that the cursor points into.
+    """
 
     update: int
     cursor: str
+    fingerprint: str
     best_loss: float | None = None
     evaluations_since_best: int = 0
 

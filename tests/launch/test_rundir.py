@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from launch.configfile import load
 from launch.errors import RunDirError
 from launch.rundir import RunDir
 
-SFT = Path(__file__).parents[2] / "examples" / "sft.yaml"
+ROOT = Path(__file__).parents[2]
+SFT = ROOT / "examples" / "sft.yaml"
 
 
 def test_begun_once_then_only_resumed(tmp_path: Path) -> None:
@@ -33,3 +36,22 @@ def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunDirError, match=r"cannot write to .*file.*choose another run\.root"):
         RunDir.open(load(SFT, [f"run.root={tmp_path / 'file'}"]), resume=False)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    program = (
+        "import sys; from pathlib import Path; from launch.rundir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).held():\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(run_dir.path)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        said = rf"is in use by process {other.pid} on .*; wait for it to end"
+        with pytest.raises(RunDirError, match=said), run_dir.held():
+            pass
+        other.kill()
+        other.wait()
+        with run_dir.held():  # the lock has gone with the process
+            pass
