@@ -28,7 +28,7 @@ from actors.reference import ReferenceActor
 from actors.reports import ColumnInfo, TrainReport
 from actors.reward import RewardActor
 from actors.weights import unpack
-from algorithms.config import PPOConfig, SupervisedConfig
+from algorithms.config import LearningConfig, PPOConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 
 NUM_ITERATIONS = 4
@@ -72,7 +72,8 @@ def reference(own: RankContext, folder: Path, sharding: str = "replicas") -> Ref
 
 def learner(own: RankContext, folder: Path, name: str, stage: int = 1, **model: Any) -> LearnerActor:
     config = TrainedRoleConfig(**trained(folder, stage, 1e-2, **model))
-    return LearnerActor(own, config, SupervisedConfig(name=name, batch_size=8), 3)
+    kind: type[LearningConfig] = RewardModelConfig if name == "reward_model" else SupervisedConfig
+    return LearnerActor(own, config, kind(name=name, batch_size=8), 3)
 
 
 def policy_scores(

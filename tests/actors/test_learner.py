@@ -109,5 +109,5 @@ def test_batches_with_nothing_to_learn_are_refused(models: Path) -> None:
 def test_comparisons_must_stand_in_pairs(models: Path) -> None:
     actor = programs.learner(context(), models / "score", "reward_model")
     for wrong in (comparisons(2).slice(0, 3), comparisons(3).slice(1, 4), comparisons(2).take(pa.array([1, 0]))):
-        with pytest.raises(SchemaError, match="two rows that stand together"):
+        with pytest.raises(SchemaError, match="two or more rows that stand together"):
             actor.train(0, 1, wrong)
