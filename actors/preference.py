@@ -73,6 +73,8 @@ class PairBatch(LearningBatch[ComparisonPack]):
             raise SchemaError(
                 f"comparisons: preference losses are over pairs, and one has {max(self._comparisons.sizes)} responses"
             )
+        if bool((self._comparisons.ranks[1::2] == 0).any()):
+            raise SchemaError("comparisons: preference losses need a chosen and a rejected response, and one is a tie")
 
     def pack(self, units: Sequence[int], device: torch.device) -> ComparisonPack:
         """Pairs laid end to end."""

@@ -19,7 +19,7 @@ from data.dataset import Dataset, Drawn
 from data.formats import Kind
 from data.order import Cursor
 from data.tokenizer import load_tokenizer
-from experience.table import write_table
+from experience.table import open_table, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,16 @@ class SourceActor:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(pa.Table.from_batches(columns), path)
+
+    def kept(self, path: Path) -> tuple[pa.RecordBatch, int]:
+        """What ``keep`` wrote, as one batch, and its rows.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        table = open_table(path).combine_chunks()
+        (batch,) = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
+        return batch, batch.num_rows
 
 
 def _with_info(drawn: Drawn) -> tuple[pa.RecordBatch, BatchInfo]:

@@ -119,7 +119,7 @@ class PreferenceConfig(LearningConfig):
     name: PreferenceLoss
     beta: PositiveFloat = Field(
         0.1, description="Scale of the implicit reward: how strongly the policy is held to where it started. SimPO "
-        "wants about 2."
+        "wants about 2; slic and orpo have none."
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="conservative_dpo, robust_dpo: share of labels taken to be wrong."

@@ -31,6 +31,7 @@ from actors.reward import RewardActor
 from actors.source import SourceActor
 from cluster.group import Ref
 from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
+from launch.buffered import Scored, complete_iterations, read_buffered
 from launch.config import PPORunConfig
 from launch.fleet import Generated, RolloutFleet
 from launch.online_state import OnlineState
@@ -39,17 +40,6 @@ from launch.recorder import Recorder, Stopwatch
 from launch.roles import PPORoles
 from launch.stopping import StopRequest
 from launch.tasks import task_group
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A slice with every column, ready for credit. Each column is one reference a scoring rank, in row order."""
-
-    rollout: Ref
-    ref_logprobs: list[Ref]
-    values: list[Ref]
-    scores: list[Ref]
-    policy_logprobs: list[Ref]
 
 
 @dataclass(frozen=True)
@@ -111,6 +101,8 @@ class OnlineDriver:
     async def run(self) -> bool:
         """Train to the end. True where the run was stopped before it."""
         await self._publish(self._state.iteration)
+        if (folder := self._state.buffered) is not None:
+            self._buffer.restore(*await read_buffered(self._roles.source, folder))
         producer = asyncio.create_task(self._produce(), name="produce")
         try:
             with self._buffer.guard():
@@ -191,7 +183,7 @@ class OnlineDriver:
             state.adapt_kl(credit_report)
             self._buffer.release(state.iteration)
             if state.checkpoint_due() or self._stop.requested:
-                await state.save(self._roles)
+                await state.save(self._roles, *complete_iterations(*self._buffer.export()))
                 watch.lap("checkpoint")
             extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
             self._recorder.training(state.iteration, reports, extra, watch)

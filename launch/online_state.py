@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +18,19 @@ from actors.policy import PolicyActor
 from algorithms.kl import KLController
 from experience.ledger import Ledger, PromptState
 from experience.table import open_table, write_table
+from launch.buffered import buffered_prompts, keep_buffered
 
 if TYPE_CHECKING:
     from actors.source import BatchInfo, SourceDescription
+    from experience.buffer import BufferState
+    from launch.buffered import Scored
     from launch.checkpoint import CheckpointStore
     from launch.config import PPORunConfig
     from launch.roles import PPORoles
 
 STATE_FILE = "state.json"
 LEDGER_FILE = "ledger.arrow"
+BUFFER_FOLDER = "buffer"
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class _Drawn:
 class OnlineState:
     """The iteration, the KL coefficient, the place in the data, and the ledger.
 
-    ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps
-    the cursor of the first batch that has not been trained on instead: after a resume its prompts are drawn again
-    under the same ids, and with the seeds that follow from these ids, so no prompt is lost and none is trained on
-    twice.
+    ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps the
+    samples that stand ready for training, and the cursor of the first batch of prompts that does not: after a resume
+    its prompts are drawn again under the same ids, and with the seeds that follow from these ids, so no prompt is
+    lost and none is trained on twice.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class OnlineState:
         self._config = config
         self._store = store
         self._pending: deque[_Drawn] = deque()
+        #: Where the samples lie that are ready for training, after a resume.
+        self.buffered: Path | None = None
         self.iteration = iteration
         self.cursor = cursor
         self.fingerprint = fingerprint
@@ -86,15 +92,20 @@ class OnlineState:
         """The state that a checkpoint holds."""
         saved = json.loads((checkpoint / STATE_FILE).read_text())
         kl = config.algorithm.kl
-        return cls(
+        buffered = [_Drawn(drawn["cursor"], tuple(drawn["prompt_ids"])) for drawn in saved["buffered"]]
+        ready = {prompt for drawn in buffered for prompt in drawn.prompt_ids}
+        state = cls(
             config,
             store,
             iteration=saved["iteration"],
             cursor=saved["cursor"],
             fingerprint=saved["data_fingerprint"],
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
-            ledger=_unfinished_requeued(checkpoint / LEDGER_FILE),
+            ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
         )
+        state._pending.extend(buffered)
+        state.buffered = checkpoint / BUFFER_FOLDER if buffered else None
+        return state
 
     def drawn(self, info: BatchInfo) -> None:
         """Take note of a batch of prompts and move the cursor past it."""
@@ -137,27 +148,37 @@ class OnlineState:
         period = self._config.run.checkpoint_every
         return self.finished or bool(period and self.iteration % period == 0)
 
-    async def save(self, roles: PPORoles) -> None:
-        """Write a checkpoint: the trained roles' ranks their states, this process its own. The books must balance."""
+    async def save(self, roles: PPORoles, buffer: BufferState, payloads: Sequence[Scored]) -> None:
+        """Write a checkpoint: the trained roles' ranks their states, this process its own. The books must balance.
+
+        Args:
+            buffer: whole iterations that are ready to be trained on, at this moment.
+            payloads: their columns.
+        """
+        # All of one moment: generation goes on while the roles write.
         ledger = self.ledger.to_arrow()
+        ready = buffered_prompts(buffer)
+        waiting = [drawn for drawn in self._pending if ready.isdisjoint(drawn.prompt_ids)]
+        state = {
+            "iteration": self.iteration,
+            "cursor": waiting[0].cursor if waiting else self.cursor,
+            "data_fingerprint": self.fingerprint,
+            "kl_coefficient": self.kl.coefficient,
+            "buffered": [asdict(drawn) for drawn in self._pending if not ready.isdisjoint(drawn.prompt_ids)],
+        }
         with self._store.writing(self.iteration) as folder:
             await asyncio.gather(
                 roles.policy.call(PolicyActor.save, folder / "policy"),
                 roles.critic.call(CriticActor.save, folder / "critic"),
             )
-            cursor = self._pending[0].cursor if self._pending else self.cursor
-            state = {
-                "iteration": self.iteration,
-                "cursor": cursor,
-                "data_fingerprint": self.fingerprint,
-                "kl_coefficient": self.kl.coefficient,
-            }
+            await keep_buffered(roles.source, buffer, payloads, folder / BUFFER_FOLDER)
             write_table(pa.Table.from_batches([ledger]), folder / LEDGER_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state))
 
 
-def _unfinished_requeued(file: Path) -> Ledger:
-    """The ledger of a checkpoint, with every prompt that had not been trained on back at the start of its way."""
+def _unfinished_requeued(file: Path, ready: set[int]) -> Ledger:
+    """The ledger of a checkpoint, with every prompt that is not ``ready`` for training back at the start of its way."""
     ledger = Ledger.from_arrow(open_table(file))
-    ledger.requeue(ledger.prompts(PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED))
+    unfinished = ledger.prompts(PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED)
+    ledger.requeue([prompt for prompt in unfinished if prompt not in ready])
     return ledger

@@ -123,6 +123,22 @@ def test_generation_ahead_of_training_stays_within_its_bound(troupe: Troupe, hom
     assert all("experience/engine_logprob_gap_max" in row for row in steps)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_ahead_resumes_with_what_was_ready(troupe: Troupe, home: Path) -> None:
+    ahead = (*PPO, "online.max_staleness=1", "algorithm.critic_warmup_iterations=0")
+    check_done(troupe("train", *ahead))
+    run = home / "runs" / "ppo"
+    steps = rows(run)
+    checkpoint = run / "checkpoints" / "step-00000002"
+    assert json.loads((checkpoint / "buffer" / "buffer.json").read_text())["chunks"], "generation was not ahead"
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    check_done(troupe("train", *ahead, "--resume"))
+    again = rows(run)
+    assert [row["step"] for row in again] == [1, 2, 3, 4]
+    # What comes after it is drawn while this is trained on, so it depends on which of the two is faster.
+    assert learnt(again[2]) == pytest.approx(learnt(steps[2]), rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("stage", "words", "metric"),
     [
