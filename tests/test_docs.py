@@ -15,7 +15,8 @@ from launch.configfile import load
 from launch.reference import page
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(path for folder in (".", "docs", "docs/methods", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+FOLDERS = (".", "docs", "docs/methods", "benchmarks")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 SHIPPED = [ROOT / "ray_config.yaml", *sorted((ROOT / "examples").rglob("*.yaml"))]
 
 
