@@ -36,5 +36,5 @@ class RoleTimeout(ClusterError):
         ranks = ", ".join(str(rank) for rank in silent)
         super().__init__(
             f"{role}: {method} had no answer from rank {ranks} (of {num_ranks}) within {timeout_s:g} s; it hangs, or "
-            "cluster.call_timeout_s is too short for it"
+            f"cluster.{'start' if method == 'start' else 'call'}_timeout_s is too short for it"
         )

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -110,31 +110,40 @@ def _accelerators(name: str, roles: Mapping[str, PlacementConfig]) -> float:
 def diagnose(plans: Sequence[GroupPlan], on: Sequence[Node], *, use_free: bool) -> list[str]:
     """Why plans do not fit: a line for each bundle that finds no node, with what each node lacks. Empty if all fit.
 
-    Bundles are laid into nodes first-fit, largest first: an estimate of what Ray will do, good enough to explain.
+    Bundles are laid into nodes largest first, each into the node that it fills best: an estimate of what Ray will do,
+    good enough to explain. What must stand on one node is laid as one.
 
     Args:
         use_free: fit into what is free now; else into what nodes have in all.
     """
     room = {node.name: dict(node.free if use_free else node.total) for node in on}
+    taken: dict[str, set[str]] = {plan.name: set() for plan in plans}
     problems: list[str] = []
-    for plan in plans:
-        taken: set[str] = set()
-        for index, bundle in enumerate(plan.bundles):
-            allowed = [address for address in room if _may_use(plan.strategy, address, taken)]
-            place = next((address for address in allowed if _fits(bundle, room[address])), None)
-            if place is None:
-                problems.append(_explain(plan, index, bundle, on, room, allowed))
-                continue
-            taken.add(place)
-            for key, amount in bundle.items():
-                room[place][key] = room[place].get(key, 0.0) - amount
+    for plan, index, bundle in sorted(_to_lay(plans), key=lambda item: _size(item[2]), reverse=True):
+        allowed = [name for name in room if plan.strategy != "STRICT_SPREAD" or name not in taken[plan.name]]
+        fitting = [name for name in allowed if _fits(bundle, room[name])]
+        if not fitting:
+            problems.append(_explain(plan, index, bundle, on, room, allowed))
+            continue
+        place = min(fitting, key=lambda name: _size({key: room[name].get(key, 0.0) for key in bundle}))
+        taken[plan.name].add(place)
+        for key, amount in bundle.items():
+            room[place][key] = room[place].get(key, 0.0) - amount
     return problems
 
 
-def _may_use(strategy: Strategy, address: str, taken: set[str]) -> bool:
-    if strategy == "STRICT_SPREAD":
-        return address not in taken
-    return strategy != "STRICT_PACK" or not taken or address in taken
+def _to_lay(plans: Sequence[GroupPlan]) -> Iterator[tuple[GroupPlan, int | None, Resources]]:
+    """Each bundle with its number, or none for the sum of all of a plan's."""
+    for plan in plans:
+        if plan.strategy == "STRICT_PACK":
+            yield plan, None, {key: sum(bundle[key] for bundle in plan.bundles) for key in plan.bundles[0]}
+        else:
+            yield from ((plan, index, bundle) for index, bundle in enumerate(plan.bundles))
+
+
+def _size(resources: Resources) -> tuple[float, float]:
+    """Accelerators first, then CPUs."""
+    return sum(amount for key, amount in resources.items() if key != "CPU"), resources.get("CPU", 0.0)
 
 
 def _fits(bundle: Resources, room: Resources) -> bool:
@@ -143,7 +152,7 @@ def _fits(bundle: Resources, room: Resources) -> bool:
 
 def _explain(
     plan: GroupPlan,
-    index: int,
+    index: int | None,
     bundle: Resources,
     on: Sequence[Node],
     room: Mapping[str, Resources],
@@ -162,7 +171,10 @@ def _explain(
         ]
         lacks.append(f"node {node.name} has {' and '.join(short)}")
     where = "; ".join(lacks) or "the cluster has no node"
-    return f"{plan.name} bundle {index} of {len(plan.bundles)} needs {needs}: {where}"
+    what = f"bundle {index} of {len(plan.bundles)}"
+    if index is None:
+        what = "bundle 0 of 1" if len(plan.bundles) == 1 else f"(its {len(plan.bundles)} bundles on one node)"
+    return f"{plan.name} {what} needs {needs}: {where}"
 
 
 class Placement:

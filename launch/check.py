@@ -77,7 +77,7 @@ def _check_folder(config: RunConfig, report: CheckReport) -> Iterator[Problem]:
     except RunDirError as error:
         yield Problem("run.root", str(error))
         return
-    state = ", begun already: --resume goes on with it" if run_dir.config.exists() else ""
+    state = ", begun already: --resume goes on with it" if run_dir.begun else ""
     report.facts.append(("run", f"{run_dir.path}{state}"))
 
 

@@ -20,7 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-METRICS_FILE = "metrics.jsonl"
+from launch.rundir import METRICS_FILE
+
 EVENTS_FOLDER = "tensorboard"
 
 

@@ -169,7 +169,7 @@ class OnlineDriver:
         )
 
     async def _consume(self) -> None:
-        state = self._state
+        state, saved = self._state, False
         while not state.finished and not self._stop.requested:
             watch = Stopwatch()
             batch = await self._buffer.take()
@@ -182,11 +182,16 @@ class OnlineDriver:
             state.consumed(batch.prompt_ids)
             state.adapt_kl(credit_report)
             self._buffer.release(state.iteration)
-            if state.checkpoint_due() or self._stop.requested:
-                await state.save(self._roles, *complete_iterations(*self._buffer.export()))
+            if saved := state.checkpoint_due():
+                await self._save()
                 watch.lap("checkpoint")
             extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
             self._recorder.training(state.iteration, reports, extra, watch)
+        if not saved:  # it was stopped, maybe before the first iteration
+            await self._save()
+
+    async def _save(self) -> None:
+        await self._state.save(self._roles, *complete_iterations(*self._buffer.export()))
 
     async def _assign_credit(self, experience: Experience) -> tuple[Ref, CreditReport]:
         return await self._roles.credit.column_of(

@@ -22,6 +22,7 @@ from actors.weight_sender import shared_parts
 from cluster.config import ClusterConfig
 from cluster.group import RoleGroup
 from launch.rules import runs_on_gpu
+from launch.tasks import task_group
 
 
 def weight_transfer(policy: PolicyConfig, rollout: RolloutConfig, cluster: ClusterConfig) -> Transfer:
@@ -60,18 +61,12 @@ async def _send_buckets(
     policy: RoleGroup[PolicyActor], rollout: RoleGroup[RolloutActor], bucket_bytes: int
 ) -> None:
     """Through the object store, a bucket at a time."""
-    others = [
-        asyncio.ensure_future(policy.call_one(rank, PolicyActor.join_gather, bucket_bytes))
-        for rank in range(1, policy.num_ranks)
-    ]
-    try:
-        await rollout.call(RolloutActor.begin_update)
+    await rollout.call(RolloutActor.begin_update)
+    async with task_group() as sending:  # the first failure of any rank ends the wait for the others
+        for rank in range(1, policy.num_ranks):
+            sending.create_task(policy.call_one(rank, PolicyActor.join_gather, bucket_bytes))
         async for bucket in policy.stream(0, PolicyActor.weight_buckets, bucket_bytes):
             await rollout.call(RolloutActor.receive, bucket)
-        await asyncio.gather(*others)
-    finally:
-        for other in others:
-            other.cancel()
 
 
 async def _broadcast(

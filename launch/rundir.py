@@ -28,6 +28,7 @@ from launch.errors import RunDirError
 from launch.paths import runs_root
 
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunDir:
                 be written.
         """
         run_dir = cls.of(config)
-        begun = run_dir.config.exists()
+        begun = run_dir.begun
         if begun and not resume:
             raise RunDirError(
                 f"{run_dir.path} holds a run already; add --resume to go on with it, give this one another name "
@@ -69,6 +70,12 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"cannot write to {run_dir.path}: {error.strerror}; choose another run.root") from error
         return run_dir
+
+    @property
+    def begun(self) -> bool:
+        """Something was done there: a step, or a checkpoint. A run whose roles never started leaves its name free."""
+        metrics = self.path / METRICS_FILE
+        return any(self.checkpoints.glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
     @contextmanager
     def held(self) -> Iterator[None]:

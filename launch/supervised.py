@@ -57,14 +57,14 @@ class SupervisedDriver:
         state = self._state
         if state.update == 0:
             await self._evaluate()
-        while not state.finished:
+        stopping = False
+        while not state.finished and not stopping:
             await self._train_until(state.next_pause())
             if state.evaluation_due():
                 await self._evaluate()
-            if state.checkpoint_due() or self._stop.requested:
+            stopping = self._stop.requested
+            if state.checkpoint_due() or stopping:
                 await state.save(self._roles)
-            if self._stop.requested:
-                break
         return not state.finished
 
     async def _train_until(self, last: int) -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 OWNERS = {
     "ray": ("cluster/",),
     "deepspeed": ("actors/deepspeed_engine.py",),
-    "vllm": ("actors/vllm_engine.py", "actors/vllm_engine/"),
+    "vllm": ("actors/vllm_engine/",),
 }
 TORCH_FREE = ("cluster/config.py", "actors/config.py", "algorithms/config.py", "data/config.py", "launch/config.py")
 MAX_FILE_LINES = 400

@@ -228,7 +228,7 @@ def _why_not_started(args: AsyncEngineArgs, error: Exception) -> str:
         reason = reason.split(" To allow overriding")[0]
         right = "lower rollout.max_model_tokens to the model's context, or leave it out"
     elif "core initialization failed" in reason:
-        reason = "its process ended while it loaded the model; what it said is in this rank's standard error"
+        reason = "its process ended while it loaded the model; what it said is in this rank's log"
         right = _memory(args)
     else:
         right = "the model must be a Hugging Face folder, or a name on the hub, of a kind that vLLM knows"

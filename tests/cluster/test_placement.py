@@ -174,3 +174,20 @@ def test_diagnose_a_strategy_and_an_empty_cluster() -> None:
     (reason,) = diagnose(spread, [Node("a", {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4})], use_free=True)
     assert reason.endswith("node a is ruled out by STRICT_SPREAD")
     assert diagnose(spread, [], use_free=True)[0].endswith("the cluster has no node")
+
+
+def nodes_of(**accelerators: float) -> list[Node]:
+    return [Node(name, {"CPU": 32, "GPU": gpus}, {"CPU": 32, "GPU": gpus}) for name, gpus in accelerators.items()]
+
+
+def test_a_small_role_does_not_take_the_large_one_s_node() -> None:
+    wanted = {"critic": role(ranks_per_node=4, gpus_per_rank=1), "policy": role(ranks_per_node=8, gpus_per_rank=1)}
+    assert diagnose(plan_bundles(wanted, "GPU"), nodes_of(large=8, small=4), use_free=True) == []
+    assert len(diagnose(plan_bundles(wanted, "GPU"), nodes_of(large=8, small=3), use_free=True)) == 1
+
+
+def test_what_must_stand_on_one_node_is_looked_at_as_one() -> None:
+    plan = plan_bundles({"policy": role(num_nodes=2, ranks_per_node=4, gpus_per_rank=1, strategy="STRICT_PACK")}, "GPU")
+    assert diagnose(plan, nodes_of(small=4, large=8), use_free=True) == []
+    (reason,) = diagnose(plan, nodes_of(one=4, two=4), use_free=True)
+    assert reason.startswith("policy (its 2 bundles on one node) needs 4 CPU, 8 GPU: node one has 4 of 4 GPU left")

@@ -10,7 +10,7 @@ import pytest
 
 from launch.configfile import load
 from launch.errors import RunDirError
-from launch.rundir import RunDir
+from launch.rundir import METRICS_FILE, RunDir
 
 ROOT = Path(__file__).parents[2]
 SFT = ROOT / "examples" / "sft.yaml"
@@ -21,6 +21,9 @@ def test_begun_once_then_only_resumed(tmp_path: Path) -> None:
     run_dir = RunDir.open(config, resume=False)
     assert run_dir.path == tmp_path / "first"
     assert load(run_dir.config) == config
+    # What never came to a step leaves its name free.
+    assert RunDir.open(config, resume=False) == run_dir
+    (run_dir.path / METRICS_FILE).write_text('{"step": 1}\n')
     with pytest.raises(RunDirError, match=r"first holds a run already; add --resume .*run\.name="):
         RunDir.open(config, resume=False)
     assert RunDir.open(config, resume=True) == run_dir

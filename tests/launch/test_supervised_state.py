@@ -1,0 +1,58 @@
+"""When a supervised run evaluates, saves and stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoint import CheckpointStore
+from launch.config import SupervisedRunConfig
+from launch.configfile import load
+from launch.supervised_state import SupervisedProgress, SupervisedState
+
+SFT = Path(__file__).parents[2] / "examples" / "sft.yaml"
+
+
+def state(folder: Path, *overrides: str, num_updates: int = 20) -> SupervisedState:
+    config = load(SFT, ["algorithm.evaluate_every=3", *overrides])
+    assert isinstance(config, SupervisedRunConfig)
+    return SupervisedState(config, CheckpointStore(folder, keep=1), SupervisedProgress(0, "{}", "f"), num_updates)
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path: Path) -> None:
+    training = state(tmp_path, "algorithm.early_stopping_patience=2")
+    for loss, finished in ((2.0, False), (1.0, False), (1.5, False), (0.9, False), (0.9, False), (1.1, True)):
+        training.evaluated(loss)
+        assert training.finished is finished
+
+
+def test_without_patience_only_the_end_ends(tmp_path: Path) -> None:
+    training = state(tmp_path, num_updates=2)
+    for _ in range(5):
+        training.evaluated(3.0)
+    assert not training.finished
+    training.advance("{}")
+    training.advance("{}")
+    assert training.finished
+
+
+def test_pauses_are_where_something_is_due(tmp_path: Path) -> None:
+    training = state(tmp_path, "run.checkpoint_every=4", num_updates=10)
+    pauses, due = [], []
+    while not training.finished:
+        pause = training.next_pause()
+        while training.update < pause:
+            training.advance("{}")
+        pauses.append(pause)
+        due.append((training.evaluation_due(), training.checkpoint_due()))
+    assert pauses == [3, 4, 6, 8, 9, 10]
+    assert due == [(True, False), (False, True), (True, False), (False, True), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize(("num_rows", "updates"), [(32, 3), (33, 4), (1, 1)])
+def test_updates_of_the_epochs(num_rows: int, updates: int) -> None:
+    config = load(SFT)
+    assert isinstance(config, SupervisedRunConfig)
+    assert config.algorithm.num_epochs == 3 and config.algorithm.batch_size == 32
+    assert SupervisedState.planned_updates(config, num_rows) == updates
