@@ -36,6 +36,8 @@ Files written
 ``sft_heldout.jsonl``         the same, held out
 ``preferences.jsonl``         {"prompt", "chosen", "rejected"}
 ``preferences_heldout.jsonl`` the same, held out
+``rankings.jsonl``            {"prompt", "responses", "scores"}, four answers to each list
+``rankings_heldout.jsonl``    the same, of the lists of ``preferences_heldout.jsonl``
 ``prompts.jsonl``             {"prompt"}, the prompts that PPO samples from
 ``heldout.jsonl``             {"prompt", "answer"}, for measuring the truth
 ``base/``                     configuration and tokenizer of the untrained model
@@ -54,7 +56,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,7 @@ class Sizes:
     pretrain: int = 40_000
     sft: int = 4_000
     preferences: int = 12_000
+    rankings: int = 600
     prompts: int = 8_000
     heldout: int = 500
 
@@ -177,6 +180,12 @@ class ListSource:
         self._rng = rng
         self._reserved: set[frozenset[int]] = set()
 
+    def beside(self, rng: random.Random) -> ListSource:
+        """A source that draws from `rng`, leaves this one's draws alone and keeps out what it keeps out."""
+        source = ListSource(rng)
+        source._reserved = self._reserved
+        return source
+
     def draw(self) -> list[int]:
         """A list for training: never a reordering of a held-out one."""
         while True:
@@ -249,7 +258,28 @@ def preference(numbers: Sequence[int], rng: random.Random) -> dict[str, str]:
     }
 
 
-def write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def ranking(numbers: Sequence[int], rng: random.Random) -> dict[str, object]:
+    """Four different answers to one list, each with a score that orders them as `preference` does.
+
+    The right answer has 3, one in the right order with a slip 2, the wrong order 1, and that with a
+    slip 0.  Two answers of the same score are a tie.
+    """
+    right, spelled = by_size(numbers), by_spelling(numbers)
+    while True:
+        slipped, again, worst = slip(right, rng), slip(right, rng), slip(spelled, rng)
+        answers = [(right, 3), (slipped, 2), (again, 2), (spelled, 1), (worst, 0)]
+        # As in `preference`, a slip can undo the wrong order: take another.
+        if worst != sorted(worst) and len({tuple(answer) for answer, _ in answers}) == len(answers):
+            break
+    drawn = rng.sample(answers, 4)
+    return {
+        "prompt": make_prompt(numbers),
+        "responses": [" " + join(answer) for answer, _ in drawn],
+        "scores": [score for _, score in drawn],
+    }
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
@@ -295,6 +325,18 @@ def write_data(
     write_json_lines(
         directory / "prompts.jsonl",
         ({"prompt": make_prompt(source.draw())} for _ in range(sizes.prompts)),
+    )
+
+    # From a generator of their own, so that all other files are what they are without them.
+    ranking_rng = random.Random(f"rankings {seed}")
+    ranking_source = source.beside(ranking_rng)
+    write_json_lines(
+        directory / "rankings_heldout.jsonl",
+        (ranking(row, ranking_rng) for row in preferences_heldout),
+    )
+    write_json_lines(
+        directory / "rankings.jsonl",
+        (ranking(ranking_source.draw(), ranking_rng) for _ in range(sizes.rankings)),
     )
 
 
