@@ -115,7 +115,10 @@ def check_model(folder: Path) -> None:
 
 def test_generation_ahead_of_training_stays_within_its_bound(troupe: Troupe, home: Path) -> None:
     ahead = ("online.max_staleness=1", "algorithm.recompute_logprobs=true", "algorithm.critic_warmup_iterations=0")
-    check_done(troupe("train", *PPO, *ahead))
+    # Two engines, and weights that are sharded over the policy's ranks.
+    spread = ("rollout.ranks_per_node=2", "policy.zero.stage=3")
+    check_done(troupe("train", *PPO, *ahead, *spread))
+    assert all((home / "runs" / "ppo" / "logs" / f"rollout-{rank}.log").exists() for rank in (0, 1))
     steps = rows(home / "runs" / "ppo")
     assert steps[0]["experience/staleness_max"] == 0
     # From the second iteration on, experience was drawn while the one before it was trained on.
