@@ -178,7 +178,6 @@ def test_a_run_that_was_begun_is_told_of(runs: Path) -> None:
     config = load(ROOT / "ray_config.yaml")
     assert list(_check_folder(config, report)) == []
     assert report.facts == [("run", str(runs / "ppo"))]
-    (runs / "ppo").mkdir()
-    (runs / "ppo" / "config.yaml").touch()
+    (runs / "ppo" / "checkpoints" / "step-000001").mkdir(parents=True)
     assert list(_check_folder(config, report)) == []
     assert report.facts[-1] == ("run", f"{runs / 'ppo'}, begun already: --resume goes on with it")

@@ -67,10 +67,10 @@ async def test_the_faster_engine_gets_more() -> None:
 
 async def test_the_last_slices_are_thin_and_spread() -> None:
     engines = Engines(4, lambda rank, rows: 0.001 * rows)
-    await generate(engines, 64, capacity=64, largest=32)
+    await generate(engines, 67, capacity=64, largest=12)
     sizes = [len(rows) for _, rows in engines.calls]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[:2] == [8, 7] and sizes[-1] == 1
+    # Half of an even share of what remains, down to a quarter of the largest; the last one is what is left.
+    assert sizes == [9, 8, 7, 6, 5, 4, 4, *[3] * 8]
     assert {rank for rank, _ in engines.calls[-4:]} == {0, 1, 2, 3}
 
 
