@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def write_model(folder: Path, size: str, seed: int = 0, num_labels: int | None =
     model.save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, shape.vocabulary)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
