@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -107,6 +107,7 @@ PreferenceLoss = Literal[
 NEEDS_REFERENCE: frozenset[str] = frozenset({"dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge"})
 #: The losses that each of these keys belongs to.
 _KEYS_OF_SOME: dict[str, frozenset[str]] = {
+    "beta": frozenset(get_args(PreferenceLoss)) - {"slic", "orpo"},
     "label_smoothing": frozenset({"conservative_dpo", "robust_dpo"}),
     "target_margin": frozenset({"simpo", "slic"}),
     "odds_coefficient": frozenset({"orpo"}),

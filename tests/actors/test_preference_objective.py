@@ -68,7 +68,8 @@ KEYS: dict[str, dict[str, float]] = {
 
 
 def config(name: str, **changes: Any) -> PreferenceConfig:
-    arguments: dict[str, Any] = {"beta": slow.BETA} | KEYS.get(name, {}) | changes
+    beta = {} if name in ("slic", "orpo") else {"beta": slow.BETA}
+    arguments: dict[str, Any] = beta | KEYS.get(name, {}) | changes
     return PreferenceConfig(name=name, batch_size=8, **arguments)
 
 
@@ -309,6 +310,8 @@ def test_a_pair_may_come_twice_in_a_row() -> None:
         ("dpo", {"label_smoothing": 0.1}, "label_smoothing belongs to conservative_dpo, robust_dpo, not to dpo"),
         ("ipo", {"target_margin": 2.0}, "target_margin belongs to simpo, slic, not to ipo"),
         ("simpo", {"odds_coefficient": 0.5}, "odds_coefficient belongs to orpo, not to simpo"),
+        ("slic", {"beta": 2.0}, "beta belongs to .*dpo, .*simpo, not to slic; leave it out"),
+        ("orpo", {"beta": 2.0}, "beta belongs to .*simpo, not to orpo"),
         ("conservative_dpo", {"label_smoothing": 0.0}, "needs label_smoothing above 0; with 0 it is dpo"),
         ("robust_dpo", {"label_smoothing": 0.0}, "needs label_smoothing above 0"),
         ("robust_dpo", {"label_smoothing": 0.5}, "less than 0.5"),
