@@ -44,7 +44,8 @@ class RankedBatch(LearningBatch[ComparisonPack]):
         self.unit_lengths = self.comparisons.unit_lengths
         bounds = torch.tensor(self.comparisons.bounds)
         ranked = num_ranked_prompts(self.comparisons.ranks, bounds)
-        self.denominator = ranked if loss == "ranking" else self.comparisons.num_comparisons
+        # A soft label is of two responses and needs no ranks.
+        self.denominator = self.comparisons.num_comparisons if loss == "soft_labels" else ranked
         if not self.denominator:
             raise SchemaError("comparisons: no comparison of the batch has two responses of different rank")
         if loss == "soft_labels" and max(self.comparisons.sizes) > 2:
@@ -115,8 +116,7 @@ class RewardRanking(Objective[ComparisonPack]):
                     scores_N[0::2], scores_N[1::2], pack.preferences_P, denominator=denominator
                 )
             case "best_of":
-                best_P = torch.zeros_like(pack.offsets_P[1:])
-                loss = best_of_loss(scores_N, best_P, pack.offsets_P, denominator=denominator)
+                loss = best_of_loss(scores_N, pack.ranks_N, pack.offsets_P, denominator=denominator)
         if not self._config.centring_coefficient:
             return loss
         return add_terms(

@@ -190,47 +190,49 @@ def kwise_loss(
     return loss, metrics
 
 
-def best_of_loss(scores_N: Tensor, best_P: Tensor, offsets: Tensor, *, denominator: float) -> Loss:
-    """Softmax cross-entropy of the one picked as best (Ziegler et al. 2019, equation 1).
+def best_of_loss(scores_N: Tensor, ranks_N: Tensor, offsets: Tensor, *, denominator: float) -> Loss:
+    """Softmax cross-entropy of the best against those ranked worse (Ziegler et al. 2019, equation 1).
 
-    ``sum_p (logsumexp_k r_pk - r_p,best) / denominator``. Two responses make it ``pairwise_loss``; one adds nothing.
-    Untrained it is ln K a prompt.
+    ``sum_p mean_b (log(exp r_b + sum_w exp r_w) - r_b) / denominator`` over the best b of prompt p (as a rule one) and
+    the responses w of worse rank. Equals of the best stand in no other one's softmax, so no response is trained
+    against its equal, and in which order they are given does not matter. Beyond the best, ranks are not used. A prompt
+    whose responses are all equal, or that has one, adds nothing. Two responses make it ``pairwise_loss``. Untrained it
+    is ln K a prompt of K responses with one best.
 
-    Metrics, means over prompts: ``accuracy``, where the best has the highest score, shared among equal ones;
-    ``margin`` the best's score less the mean of the others; ``score`` the mean over a prompt's responses.
+    Metrics, means over the best of a prompt and then over prompts: ``accuracy``, where none that is worse scores
+    higher, shared with those that score the same; ``margin`` the best's score less the mean of the worse. And
+    ``score``: the mean over the responses of a ranked prompt, then over prompts.
 
     Args:
-        best_P: int64, which response of each prompt, from 0.
-        denominator: prompts of the global batch.
+        ranks_N: integers, the lowest of a prompt the best.
+        denominator: ``num_ranked_prompts`` of the global batch.
 
     Raises:
-        AlgorithmError: a best is not among its prompt's responses, lengths differ, offsets do not cover the
-            responses, or the denominator is not positive.
+        AlgorithmError: ranks are not integers, lengths differ, offsets do not cover the responses, or the denominator
+            is not positive.
     """
-    require_same_length(scores=scores_N)
-    require_offsets(offsets, len(scores_N))
-    require_same_length(best=best_P, prompts=offsets[1:])
+    require_same_length(scores=scores_N, ranks=ranks_N)
     require_positive(denominator)
-    lengths = offsets.diff()
-    if bool((outside := (best_P < 0) | (best_P >= lengths)).any()):
-        p = int(outside.nonzero()[0])
-        raise AlgorithmError(
-            f"prompt {p} of the batch: best is {int(best_P[p])} of {int(lengths[p])} responses, from 0"
-        )
-    prompts_N = _prompts(offsets)
-    nothing_P = scores_N.new_zeros(len(lengths))
-    highest_P = nothing_P.scatter_reduce(0, prompts_N, scores_N.detach(), "amax", include_self=False)
-    sums_P = nothing_P.index_add(0, prompts_N, (scores_N - highest_P[prompts_N]).exp())
-    best_scores_P = scores_N[offsets[:-1] + best_P]
-    loss = (sums_P.log() + highest_P - best_scores_P).sum() / denominator
+    pairs = ranked_pairs(ranks_N, offsets)
+    is_best_N = _of_lowest_rank(ranks_N, offsets)
+    best_M, worse_M = pairs.better_M[is_best_N[pairs.better_M]], pairs.worse_M[is_best_N[pairs.better_M]]
+    num_worse_N = torch.bincount(best_M, minlength=len(scores_N))
+    # Of a response that is no best, or has none below it, all sums are over nothing: log(exp 0) = 0, weight 0.
+    weights_N = _shares(num_worse_N > 0, offsets).to(scores_N)
+    over_M = scores_N[worse_M] - scores_N[best_M]
+    nothing_N = scores_N.new_zeros(len(scores_N))
+    # The best's own term of the softmax is exp 0; the highest term is taken out, so that none overflows.
+    highest_N = nothing_N.scatter_reduce(0, best_M, over_M.detach(), "amax")
+    sums_N = (-highest_N).exp().index_add(0, best_M, (over_M - highest_N[best_M]).exp())
+    loss = ((sums_N.log() + highest_N) * weights_N).sum() / denominator
     with torch.no_grad():
-        num_highest_P = nothing_P.index_add(0, prompts_N, (scores_N == highest_P[prompts_N]).to(scores_N))
-        total_P = nothing_P.index_add(0, prompts_N, scores_N)
-        others_P = (total_P - best_scores_P) / (lengths - 1).clamp(min=1)
+        num_higher_N = nothing_N.index_add(0, best_M, (over_M > 0).to(scores_N))
+        num_same_N = nothing_N.index_add(0, best_M, (over_M == 0).to(scores_N))
+        margin_N = -nothing_N.index_add(0, best_M, over_M) / num_worse_N.clamp(min=1)
         metrics = {
-            "accuracy": ((best_scores_P == highest_P) / num_highest_P).sum() / denominator,
-            "margin": (best_scores_P - others_P).where(lengths > 1, 0).sum() / denominator,
-            "score": (total_P / lengths).sum() / denominator,
+            "accuracy": ((num_higher_N == 0) / (1 + num_same_N) * weights_N).sum() / denominator,
+            "margin": (margin_N * weights_N).sum() / denominator,
+            "score": _ranked_means(scores_N, pairs, offsets).sum() / denominator,
         }
     return loss, metrics
 
@@ -318,6 +320,20 @@ def wins(difference: Tensor) -> Tensor:
 def _prompts(offsets: Tensor) -> Tensor:
     """Which prompt each response belongs to, (N,)."""
     return torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
+
+
+def _of_lowest_rank(ranks_N: Tensor, offsets: Tensor) -> Tensor:
+    """bool (N,): the best of each prompt, all of them where several are equal."""
+    prompts_N = _prompts(offsets)
+    lowest_P = ranks_N.new_zeros(len(offsets) - 1).scatter_reduce(0, prompts_N, ranks_N, "amin", include_self=False)
+    return ranks_N == lowest_P[prompts_N]
+
+
+def _shares(chosen_N: Tensor, offsets: Tensor) -> Tensor:
+    """float64 (N,): one over the number of responses chosen of the prompt, for each of these; 0 for others."""
+    prompts_N = _prompts(offsets)
+    num_chosen_P = torch.bincount(prompts_N[chosen_N], minlength=len(offsets) - 1)
+    return chosen_N.double() / num_chosen_P[prompts_N].clamp(min=1)
 
 
 def _ranked_means(scores_N: Tensor, pairs: RankedPairs, offsets: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def learner_metrics() -> set[str]:
         NextToken().evaluation({"loss": 1.0}),
         ranking.kwise_loss(two, ranks, offsets, denominator=1)[1],
         ranking.soft_pairwise_loss(one, one, one, denominator=1)[1],
-        ranking.best_of_loss(two, torch.tensor([0]), offsets, denominator=1)[1],
+        ranking.best_of_loss(two, ranks, offsets, denominator=1)[1],
         ranking.kwise_centring_term(two, ranks, offsets, coefficient=1.0, denominator=1)[1],
         preferences.dpo_loss(one, one, one, one, beta=1.0, denominator=1)[1],
         preferences.simpo_loss(one, one, lengths, lengths, beta=1.0, gamma=0.0, denominator=1)[1],

@@ -23,7 +23,6 @@ class Ranked(NamedTuple):
     ranks_N: Tensor
     offsets: Tensor
     margins_P: Tensor
-    best_P: Tensor
 
 
 def doubles(count: int, length: int = NUM_PAIRS, seed: int = 0) -> list[Tensor]:
@@ -38,8 +37,7 @@ def ranked(seed: int = 0) -> Ranked:
     ranks[0], ranks[1], ranks[2], ranks[7] = (torch.tensor(part) for part in ([2, 0, 1, 2], [1, 1, 1], [1, 0], [0, 1]))
     scores_N, margins_P = doubles(1, sum(SIZES), seed)[0], doubles(1, len(SIZES), seed + 1)[0].abs()
     scores_N[2] = scores_N[1]
-    best_P = torch.tensor([int(torch.randint(0, size, (1,), generator=source)) for size in SIZES])
-    return Ranked(scores_N, torch.cat(ranks), offsets_of(SIZES), margins_P, best_P)
+    return Ranked(scores_N, torch.cat(ranks), offsets_of(SIZES), margins_P)
 
 
 def prompts_of(batch: Ranked, order: list[int], within: Callable[[int], list[int]]) -> Ranked:
@@ -47,13 +45,11 @@ def prompts_of(batch: Ranked, order: list[int], within: Callable[[int], list[int
     bounds = batch.offsets.tolist()
     orders = [within(bounds[p + 1] - bounds[p]) for p in order]
     rows = [bounds[p] + k for p, places in zip(order, orders, strict=True) for k in places]
-    best = [places.index(int(batch.best_P[p])) for p, places in zip(order, orders, strict=True)]
     return Ranked(
         batch.scores_N[rows],
         batch.ranks_N[rows],
         offsets_of([len(places) for places in orders]),
         batch.margins_P[order],
-        torch.tensor(best, dtype=torch.int64),
     )
 
 

@@ -48,20 +48,28 @@ def kwise(prompts: list[Prompt], margins: list[float]) -> tuple[Tensor, dict[str
     return torch.stack(losses).sum() / count, {name: sum(x) / count for name, x in metrics.items()}, count
 
 
-def best_of(prompts: list[tuple[list[Tensor], int]]) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics, means over prompts."""
+def best_of(prompts: list[Prompt]) -> tuple[Tensor, dict[str, float], int]:
+    """Loss and metrics, means over the prompts with a pair, and how many those are. Each best one in turn is set
+    against all that are worse.
+    """
     losses, accuracies, differences, means = [], [], [], []
-    for scores, best in prompts:
-        losses.append(-torch.log(torch.exp(scores[best]) / sum(torch.exp(score) for score in scores)))
-        numbers = [score.item() for score in scores]
-        others = numbers[:best] + numbers[best + 1 :]
-        top = max(numbers)
-        accuracies.append(1 / numbers.count(top) if numbers[best] == top else 0.0)
-        differences.append(numbers[best] - sum(others) / len(others) if others else 0.0)
-        means.append(sum(numbers) / len(numbers))
-    count = len(prompts)
+    for scores, ranks in prompts:
+        best = [score for score, rank in zip(scores, ranks, strict=True) if rank == min(ranks)]
+        worse = [score for score, rank in zip(scores, ranks, strict=True) if rank > min(ranks)]
+        if not worse:
+            continue
+        softmaxes = [torch.exp(one) / sum(torch.exp(score) for score in [one, *worse]) for one in best]
+        losses.append(sum((-torch.log(share) for share in softmaxes), torch.tensor(0.0)) / len(best))
+        right = 0.0
+        for one in best:
+            numbers = [one.item(), *(score.item() for score in worse)]
+            right += 1 / numbers.count(max(numbers)) if one.item() == max(numbers) else 0.0
+        accuracies.append(right / len(best))
+        differences.append(sum(x.item() for x in best) / len(best) - sum(x.item() for x in worse) / len(worse))
+        means.append(sum(score.item() for score in scores) / len(scores))
+    count = len(losses)
     metrics = {"accuracy": accuracies, "margin": differences, "score": means}
-    return torch.stack(losses).sum() / count, {name: sum(x) / count for name, x in metrics.items()}
+    return torch.stack(losses).sum() / count, {name: sum(x) / count for name, x in metrics.items()}, count
 
 
 def calibration_counts(margins: list[float], num_bins: int, weights: list[float]) -> list[list[float]]:

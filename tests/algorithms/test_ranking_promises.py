@@ -38,7 +38,7 @@ def _kwise(batch: Ranked) -> Loss:
 
 
 def _best_of(batch: Ranked) -> Loss:
-    return best_of_loss(batch.scores_N, batch.best_P, batch.offsets, denominator=len(SIZES))
+    return best_of_loss(batch.scores_N, batch.ranks_N, batch.offsets, denominator=NUM_RANKED)
 
 
 def _kwise_centring(batch: Ranked) -> Loss:
@@ -109,7 +109,7 @@ def test_no_prompts_give_nothing(function: Callable[[Ranked], Loss]) -> None:
     assert torch.autograd.grad(loss, none.scores_N)[0].shape == (0,)
 
 
-@pytest.mark.parametrize("function", [_kwise, _kwise_centring])
+@pytest.mark.parametrize("function", PROMPT_LOSSES)
 def test_a_prompt_without_responses_changes_nothing(function: Callable[[Ranked], Loss]) -> None:
     batch = ranked()
     offsets = torch.cat([batch.offsets[:3], batch.offsets[2:]])
@@ -160,8 +160,8 @@ def test_refuses_prompts_of_wrong_shape(function: Callable[[Ranked], Loss]) -> N
     with pytest.raises(ShapeMismatch, match="vectors of one length"):
         function(batch._replace(scores_N=batch.scores_N[:, None]))
     with pytest.raises(ShapeMismatch, match="they must rise from 0 to the"):
-        function(batch._replace(offsets=batch.offsets[:-1], margins_P=batch.margins_P[1:], best_P=batch.best_P[1:]))
-    others: dict[Callable[[Ranked], Loss], str] = {_kwise: "margins_P", _best_of: "best_P"}
+        function(batch._replace(offsets=batch.offsets[:-1], margins_P=batch.margins_P[1:]))
+    others: dict[Callable[[Ranked], Loss], str] = {_kwise: "margins_P", _best_of: "ranks_N"}
     wrong = others.get(function)
     if wrong:
         with pytest.raises(ShapeMismatch, match="vectors of one length"):
