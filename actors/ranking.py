@@ -25,6 +25,7 @@ from algorithms.ranking import (
     kwise_loss,
     num_ranked_prompts,
     ranked_pairs,
+    ranks_of_preferences,
     soft_pairwise_loss,
 )
 from experience.schema import SchemaError
@@ -81,13 +82,10 @@ class RewardRanking(Objective[ComparisonPack]):
         """Adds how sure and how right the scores are, by confidence and by rating."""
         scores_N = _scores(model, pack)
         loss, metrics = self._loss(scores_N, pack, denominator)
-        pairs = ranked_pairs(pack.ranks_N, pack.offsets_P)
-        counts = calibration_counts(
-            scores_N[pairs.better_M] - scores_N[pairs.worse_M], NUM_BINS, pairs.weights_M.to(scores_N)
-        )
-        ratings = accuracy_counts(
-            scores_N, pack.ranks_N, pack.offsets_P, pack.ratings_P, max(1, len(self._rating_names))
-        )
+        counts, ranks_N = self._calibration(scores_N, pack), pack.ranks_N
+        if self._config.loss == "soft_labels":
+            ranks_N = ranks_of_preferences(pack.preferences_P)
+        ratings = accuracy_counts(scores_N, ranks_N, pack.offsets_P, pack.ratings_P, max(1, len(self._rating_names)))
         more = {_BIN.format(row, part): counts[row, at] for row in range(NUM_BINS) for at, part in enumerate(_PARTS)}
         for row, name in enumerate(self._rating_names):
             if name:
@@ -104,6 +102,18 @@ class RewardRanking(Objective[ComparisonPack]):
                 correct, count = sums[_RATING.format(name, "correct")], sums[_RATING.format(name, "count")]
                 report[f"accuracy_{name}"] = correct / count
         return report
+
+    def _calibration(self, scores_N: Tensor, pack: ComparisonPack) -> Tensor:
+        """How sure and how right the scores are, by bins of confidence."""
+        if self._config.loss == "soft_labels":
+            # The first is right with the stated probability, the second with the rest: scores that fit the
+            # probabilities are calibrated, whichever response the row has first.
+            margins_P, preferences_P = scores_N[0::2] - scores_N[1::2], pack.preferences_P
+            return calibration_counts(
+                torch.cat([margins_P, -margins_P]), NUM_BINS, torch.cat([preferences_P, 1 - preferences_P])
+            )
+        pairs = ranked_pairs(pack.ranks_N, pack.offsets_P)
+        return calibration_counts(scores_N[pairs.better_M] - scores_N[pairs.worse_M], NUM_BINS, pairs.weights_M)
 
     def _loss(self, scores_N: Tensor, pack: ComparisonPack, denominator: int) -> LossAndMetrics:
         match self._config.loss:

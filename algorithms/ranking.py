@@ -74,6 +74,18 @@ def ranked_pairs(ranks_N: Tensor, offsets: Tensor) -> RankedPairs:
     )
 
 
+def ranks_of_preferences(preferences_P: Tensor) -> Tensor:
+    """Ranks of two responses each, end to end, (2P,) int64: the more probably better one is 0, and 0.5 is a tie.
+
+    >>> ranks_of_preferences(torch.tensor([0.8, 0.2, 0.5]))
+    tensor([0, 1, 1, 0, 0, 0])
+
+    Args:
+        preferences_P: probability that the first is better.
+    """
+    return torch.stack([preferences_P < 0.5, preferences_P > 0.5], dim=1).flatten().long()
+
+
 def num_ranked_prompts(ranks_N: Tensor, offsets: Tensor) -> int:
     """Prompts of which at least two responses differ in rank: what the K-wise losses are divided by.
 

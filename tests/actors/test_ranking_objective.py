@@ -223,6 +223,49 @@ def test_evaluation_says_how_sure_and_how_right(score: Path, two_ranks: Ranks) -
         assert not any(name.startswith("rating_") for name in found)
 
 
+def test_evaluation_of_soft_labels_follows_the_probability(score: Path) -> None:
+    """Whichever response a row has first: of chosen and rejected too, where the rejected one is probably better."""
+    ratings = ["much", "much", "even", "slightly", "slightly"]
+    rows = programs.ranked(PAIRS, preferences=PREFERENCES, ratings=ratings)
+    margins = [a - b for a, b in scores_by_comparison(score, rows)]
+    right = {"much": 0.0, "slightly": 0.0}
+    bins: dict[int, list[float]] = {}
+    for margin, p, rating in zip(margins, PREFERENCES, ratings, strict=True):
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        bins.setdefault(math.ceil((confidence - 0.5) * 20), []).append((p if margin > 0 else 1 - p) - confidence)
+        if p != 0.5:
+            right[rating] += 0.5 * ((margin > 0) == (p > 0.5))
+    error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(PREFERENCES)
+    found = programs.learner(context(), score, config(loss="soft_labels")).evaluate([rows])
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-6)
+    accuracies = {name: value for name, value in found.items() if name.startswith("accuracy_")}
+    assert accuracies == pytest.approx({f"accuracy_{name}": value for name, value in right.items()})
+
+
+def test_scores_that_fit_the_probabilities_are_calibrated() -> None:
+    """Each in a bin of its own, sigmoid(first - second) the probability: an error of 0."""
+    wanted = [0.03, 0.9, 0.2, 0.71, 0.55]
+    rows = programs.ranked(PAIRS, preferences=wanted)
+    objective = RewardRanking(config(loss="soft_labels"))
+    pack = objective.batch([rows]).pack(range(5), CPU)
+    scores_N = torch.tensor([[math.log(p / (1 - p)), 0.0] for p in wanted]).flatten()
+    _, metrics = objective.heldout_loss(Given(scores_N), pack, 5)
+    report = objective.evaluation({name: float(value) for name, value in metrics.items()})
+    assert report["calibration_error"] == pytest.approx(0, abs=1e-6)
+
+
+class Given(torch.nn.Module):
+    """A model whose scores are given."""
+
+    def __init__(self, scores_N: torch.Tensor) -> None:
+        super().__init__()
+        self.scores_N = scores_N
+
+    def forward(self, *_: torch.Tensor) -> torch.Tensor:
+        """The scores, whatever the tokens."""
+        return self.scores_N
+
+
 def test_a_rating_of_equals_alone_has_no_accuracy(score: Path) -> None:
     rows = programs.ranked([[0, 1], [0, 0]], ratings=["much", "none"])
     found = programs.learner(context(), score, config()).evaluate([rows])
