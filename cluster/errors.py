@@ -18,11 +18,18 @@ class PlacementFailed(ClusterError):
 
 
 class RoleFailed(ClusterError):
-    """A rank of a role failed: an exception in its code, or its process or node is gone."""
+    """A rank of a role failed: an exception in its code, or its process or node is gone.
 
-    def __init__(self, role: str, rank: int, node: str, what: str, log_tail: str) -> None:
+    ``raised`` is the exception of its code; none where the process is gone.
+    """
+
+    def __init__(
+        self, role: str, rank: int, node: str, what: str, log_tail: str, raised: BaseException | None = None
+    ) -> None:
         self.role = role
         self.rank = rank
+        self.node = node
+        self.raised = raised
         tail = f"\nThe end of its log:\n{log_tail}" if log_tail else ""
         super().__init__(f"{role} rank {rank} (node {node}): {what}{tail}")
 

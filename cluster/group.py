@@ -251,13 +251,15 @@ class RoleGroup(Generic[T]):
 
     def _failure(self, rank: int, method: str, error: RayError) -> RoleFailed:
         process = self.ranks[rank]
+        raised: BaseException | None = None
         if isinstance(error, RayTaskError):
+            raised = error.cause
             what = f"{method} raised {type(error.cause).__name__}: {error.cause}\n{str(error).strip()}"
         elif isinstance(error, RayActorError):
             what = f"its process (pid {process.pid}) died during {method}: {error}"
         else:
             what = f"{method}: {error}"
-        return RoleFailed(self.role, rank, process.node, what, _tail(process.log))
+        return RoleFailed(self.role, rank, process.node, what, _tail(process.log), raised)
 
 
 def _spawn(spec: RoleSpec, placement: Placement, config: ClusterConfig, rank: int) -> ActorHandle:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import xxhash
 
+from cluster.errors import RoleFailed
 from launch.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,9 @@ class CheckpointStore:
         """A folder to write the checkpoint of ``step`` into; in its place when the ``with`` block ends well.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints there were are untouched.
+            CheckpointError: this process, or a rank in the ``with`` block, could not write it; the checkpoints there
+                were are untouched.
+            RoleFailed: the process of a rank died meanwhile.
         """
         place = self._folder / f"{_PREFIX}{step:08d}"
         beside = self._folder / f".{place.name}.part"
@@ -58,10 +61,13 @@ class CheckpointStore:
             if replaced is not None:
                 shutil.rmtree(replaced)
         except OSError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self._folder}: {error}; the ones before it "
-                "are as they were"
-            ) from error
+            raise self._unwritten(step, str(error)) from error
+        except RoleFailed as error:
+            # Of any type: where a disk is full, PyTorch's writer raises a RuntimeError that does not say so.
+            if error.raised is None:
+                raise
+            why = f"{error.role} rank {error.rank} (node {error.node}): {type(error.raised).__name__}: {error.raised}"
+            raise self._unwritten(step, why) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         for old in self._complete()[: -self._keep]:
@@ -80,6 +86,12 @@ class CheckpointStore:
                 return folder
         raise CheckpointError(f"{self._folder} holds no whole checkpoint to resume from; start the run anew")
 
+    def _unwritten(self, step: int, why: str) -> CheckpointError:
+        whole = self._complete()
+        kept = f"{whole[-1].name} is as it was, and --resume goes on from it" if whole else "there is none before it"
+        what = f"the checkpoint of step {step} could not be written to {self._folder}"
+        return CheckpointError(f"{what}: {why}; {_free(self._folder)}; {kept}")
+
     def _complete(self) -> list[Path]:
         """Checkpoints with all their files, oldest first; others are named in the log."""
         found = []
@@ -89,6 +101,12 @@ class CheckpointStore:
             else:
                 found.append(folder)
         return found
+
+
+def _free(folder: Path) -> str:
+    """What the disk of a folder has left, half a checkpoint on it included."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return f"its disk has {shutil.disk_usage(there).free >> 20} MiB free"
 
 
 def _set_aside(folder: Path) -> Path:

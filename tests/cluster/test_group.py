@@ -23,6 +23,8 @@ from cluster.context import RankContext
 from cluster.errors import RoleFailed, RoleTimeout
 from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import Placement, place, plan_bundles
+from launch.checkpoint import CheckpointStore
+from launch.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets and log files of Ray's daemons
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -59,6 +61,9 @@ class Worker:
             logging.getLogger("worker").warning("about to fail")
             raise ValueError("bad row 7")
         time.sleep(15)
+
+    def save(self, folder: Path) -> None:
+        (folder / f"rank-{self.context.rank}").mkdir(parents=True)
 
     def raise_awkward(self) -> None:
         raise AwkwardError("no", "here")
@@ -202,6 +207,18 @@ async def test_first_failure_stops_the_call(stage: Stage) -> None:
     message = str(failed.value)
     assert failed.value.rank == 1 and message.startswith("worker rank 1 (node ")
     assert "bad row 7" in message and "in raise_on" in message and "about to fail" in message
+
+
+async def test_a_rank_that_cannot_write_its_part_of_a_checkpoint(stage: Stage, tmp_path: Path) -> None:
+    group = await stage.start(Worker)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    with store.writing(1) as folder:
+        await group.call(Worker.save, folder)
+    with pytest.raises(CheckpointError, match=r"step 2 .*worker rank \d .*NotADirectoryError: .*step-00000001 is as"):  # noqa: SIM117
+        with store.writing(2) as folder:
+            (folder / "worker").write_text("in the way")
+            await group.call(Worker.save, folder / "worker")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 async def test_an_exception_that_cannot_be_pickled(stage: Stage) -> None:

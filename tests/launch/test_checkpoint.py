@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from cluster.errors import RoleFailed
 from launch.checkpoint import CheckpointStore
 from launch.errors import CheckpointError
 
@@ -47,6 +49,26 @@ def test_full_disk_says_so_and_leaves_the_old_one(tmp_path: Path) -> None:
         with store.writing(2):
             raise OSError(errno.ENOSPC, "No space left on device")
     assert store.latest().name == "step-00000001"
+
+
+def test_a_rank_that_cannot_write_is_named_and_the_old_one_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    cases = (
+        (1, OSError(errno.ENOSPC, "No space left on device"), "there is none before it"),
+        (2, RuntimeError("unexpected pos 576 vs 534"), "step-00000001 is as it was, and --resume"),
+    )
+    for step, raised, kept in cases:
+        cause = rf"policy rank 1 \(node a\): {type(raised).__name__}: {re.escape(str(raised))}"
+        wanted = rf"step {step} could not be written to {tmp_path}: {cause}; its disk has \d+ MiB free; {kept}"
+        with pytest.raises(CheckpointError, match=wanted) as caught:  # noqa: SIM117
+            with store.writing(step) as folder:
+                (folder / "policy").mkdir()
+                raise RoleFailed("policy", 1, "a", "PolicyActor.save raised", "", raised)
+        assert isinstance(caught.value.__cause__, RoleFailed)
+        assert names(tmp_path) == ([] if step == 1 else ["step-00000001"])
+        write(store, 1)
+    with pytest.raises(RoleFailed, match="died"), store.writing(2):
+        raise RoleFailed("policy", 1, "a", "its process (pid 7) died", "")
 
 
 @pytest.mark.parametrize("harm", ["cut", "change", "remove", "no manifest", "cut manifest"])
