@@ -2,6 +2,9 @@
 
 The configuration's own rules have been checked by the time this is called. Here are those that need the models
 (``launch.check_models``), the data (``launch.check_data``) and the cluster. All problems are reported, not the first.
+
+Invariant: importing this module loads neither torch nor Ray. They are loaded where a model is looked at (Transformers
+loads torch for it) and where places are.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -17,17 +21,16 @@ from rich.text import Text
 
 from cluster.config import ClusterConfig, PlacementConfig
 from cluster.errors import ClusterError
-from cluster.nodes import Node, nodes
-from cluster.placement import diagnose, plan_bundles
-from cluster.session import cluster_address, connect
 from data.tokenizer import Tokenizer
 from launch.check_data import check_data
-from launch.check_models import Facts, check_model, wanted_models
 from launch.check_tuning import check_tuning
 from launch.config import RunConfig
 from launch.errors import Problem, RunDirError
-from launch.roles import cpus_wanted
 from launch.rundir import RunDir
+
+if TYPE_CHECKING:
+    from cluster.nodes import Node
+    from launch.check_models import Facts
 
 
 @dataclass
@@ -61,13 +64,15 @@ def check(config: RunConfig) -> CheckReport:
     """Look at everything that a run would need."""
     report = CheckReport()
     report.problems += _check_folder(config, report)
+    from launch.check_models import check_model, wanted_models
+
     tokenizers: dict[str, Tokenizer] = {}
     models = list(wanted_models(config))
     for wanted in models:
         report.problems += check_model(wanted, report.facts, tokenizers)
     report.problems += check_tuning(config, report.facts)
     report.problems += check_data(config, tokenizers.get(models[0].where), report.facts)
-    report.problems += _check_places(config.placements(), config.cluster, cpus_wanted(config), report)
+    report.problems += _check_places(config.placements(), config.cluster, config.cpus_wanted(), report)
     return report
 
 
@@ -84,6 +89,8 @@ def _check_folder(config: RunConfig, report: CheckReport) -> Iterator[Problem]:
 def _check_places(
     placements: Mapping[str, PlacementConfig], cluster: ClusterConfig, cpus: float, report: CheckReport
 ) -> Iterator[Problem]:
+    from cluster.placement import diagnose, plan_bundles
+
     try:
         plans = plan_bundles(placements, cluster.accelerator_resource)
     except ClusterError as error:
@@ -123,6 +130,9 @@ def _nodes(cluster: ClusterConfig, cpus: float, accelerated: bool) -> list[Node]
     Raises:
         ClusterError: the cluster cannot be joined, or Ray does not start here.
     """
+    from cluster.nodes import Node, nodes
+    from cluster.session import cluster_address, connect
+
     if cluster_address(cluster) is None and not accelerated:
         # What `connect` would start here, without starting it.
         cores = {"CPU": float(max(os.cpu_count() or 1, math.ceil(cpus)))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from data.build import Builder
 from data.config import DataConfig, SourceConfig
@@ -10,10 +11,12 @@ from data.errors import DataError
 from data.formats import Kind, recognise
 from data.readers import BadRow, read_rows
 from data.tokenizer import Tokenizer
-from launch.check_models import Facts
 from launch.config import PPORunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_data
+
+if TYPE_CHECKING:
+    from launch.check_models import Facts
 
 ROWS_READ = 1000
 

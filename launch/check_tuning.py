@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from actors.config import TrainedRoleConfig
-from launch.check_models import Facts
 from launch.config import PPORunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
 from launch.rules import runs_on_gpu
+
+if TYPE_CHECKING:
+    from launch.check_models import Facts
 
 
 def check_tuning(config: RunConfig, facts: Facts) -> Iterator[Problem]:

@@ -66,6 +66,10 @@ class BaseRunConfig(FrozenConfig):
         placed: dict[str, PlacementConfig] = {name: getattr(self, name) for name in self.ROLES}
         return placed | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
 
+    def cpus_wanted(self) -> float:
+        """CPU cores that all ranks of the run set aside together."""
+        return sum(placement.num_ranks * placement.cpus_per_rank for placement in self.placements().values())
+
 
 class LearnerRunConfig(BaseRunConfig):
     """A run that learns from a data set: one trained role, the learner."""

@@ -22,7 +22,11 @@ INTRODUCTION = """\
 One YAML describes a run; `algorithm.name` says of which kind it is. `key.sub=value` on the command line changes a value
 (`data.train.0.path=a.jsonl` reaches into a list); unknown keys are refused with the nearest right name. The resolved
 configuration, every default written out, is kept as `config.yaml` in the run's folder. Relative paths of runs, models
-and data start at `$TROUPE_HOME`, or else at the current folder. `troupe check CONFIG` says whether a run can start.
+and data start at `$TROUPE_HOME`, or else at the current folder.
+
+`troupe check CONFIG` says whether a run can start, and takes no accelerator. Rules between keys and the run's folder are
+checked at once; it then loads torch, without which Transformers reads no model's configuration, and Ray, of whose
+placement it asks. No weights are loaded, and Ray is started only to ask a cluster, or for GPUs of this machine.
 
 This page is written by `make docs` from the configuration models."""
 

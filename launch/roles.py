@@ -61,11 +61,6 @@ class PPORoles:
     credit: RoleGroup[CreditActor]
 
 
-def cpus_wanted(config: BaseRunConfig) -> float:
-    """CPU cores that all ranks of a run set aside together."""
-    return sum(placement.num_ranks * placement.cpus_per_rank for placement in config.placements().values())
-
-
 @asynccontextmanager
 async def supervised_roles(config: LearnerRunConfig, log_dir: Path) -> AsyncIterator[SupervisedRoles]:
     """Place and start the roles of a run that learns from a data set; end them on the way out."""

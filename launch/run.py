@@ -22,7 +22,7 @@ from launch.online_state import OnlineState
 from launch.progress import Progress
 from launch.recorder import Recorder
 from launch.reference_pass import prepare_reference
-from launch.roles import cpus_wanted, ppo_roles, supervised_roles
+from launch.roles import ppo_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
 from launch.supervised import SupervisedDriver
@@ -57,7 +57,7 @@ def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
 
 def _run(config: RunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     # Listening begins after Ray has put its own handlers in place, which end the process at once.
-    with connect(config.cluster, num_cpus_wanted=cpus_wanted(config)), stop.listening():
+    with connect(config.cluster, num_cpus_wanted=config.cpus_wanted()), stop.listening():
         match config:
             case LearnerRunConfig():
                 return asyncio.run(_supervised(config, run_dir, resume, stop))

@@ -14,7 +14,6 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from launch.check import CheckReport, _check_places
 from launch.check_data import ROWS_READ, check_data
 from launch.configfile import load
-from launch.roles import cpus_wanted
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +102,7 @@ def test_a_template_that_is_not_there_is_told_of_once(tokenizer: Tokenizer) -> N
 
 def places(name: str, *overrides: str) -> tuple[list[str], CheckReport]:
     report, config = CheckReport(), load(ROOT / name, overrides)
-    problems = _check_places(config.placements(), config.cluster, cpus_wanted(config), report)
+    problems = _check_places(config.placements(), config.cluster, config.cpus_wanted(), report)
     return [str(problem) for problem in problems], report
 
 

@@ -57,6 +57,16 @@ def test_reading_needs_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_check_begins_with_neither_torch_nor_ray() -> None:
+    """A mistake in the configuration or the run's folder is told at once."""
+    program = (
+        "import sys, launch.check, launch.cli; "
+        "print([name for name in ('torch', 'ray', 'vllm', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_overrides_are_typed_and_the_last_one_wins() -> None:
     config = load(
         PPO,
