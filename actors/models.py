@@ -6,6 +6,7 @@ Invariants:
   would get alone. Where an architecture cannot keep packed sequences apart (it takes no position ids, or carries a
   state from token to token, or lets attention cross the border), ``PackedModel`` runs the same pack as a padded
   batch instead; callers see no difference. Which of the two is found out once, by trying, at load.
+- A model computes what its makers' does, or is refused: no attention is taken that leaves part of it out.
 - Dropout is off everywhere: the model stays in evaluation mode, and every dropout rate is 0 besides. (Adapters, which
   ``actors.tuning`` adds later, may have their own.)
 - Parameter names are the Hugging Face model's own once ``PREFIX`` is removed; shared (tied) weights appear once.
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "network."
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEAD_NAMES = ("score", "classifier")
+_HEAD_NAMES = ("score", "classifier", "classifier_head")
 _FORWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -45,6 +46,8 @@ class PackedModel(nn.Module):
         super().__init__()
         self.network = network
         self.padded = False
+        self.tokens_first = False
+        """Whether the decoder gives (L, B, hidden), as ChatGLM's own code does."""
 
     @property
     def config(self) -> Any:
@@ -67,11 +70,13 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor) -> Tensor:
         """Last hidden states of the decoder ``module``, (T, hidden)."""
+        run = self._run_padded if self.padded else self._run
+        states = run(module, tokens_T, position_ids_T).last_hidden_state
+        states = states.transpose(0, 1) if self.tokens_first else states
         if self.padded:
-            states = self._run_padded(module, tokens_T, position_ids_T).last_hidden_state
             row_T = (position_ids_T == 0).cumsum(0) - 1
             return torch.as_tensor(states[row_T, position_ids_T])
-        return torch.as_tensor(self._run(module, tokens_T, position_ids_T).last_hidden_state[0])
+        return torch.as_tensor(states[0])
 
 
 class CausalLM(PackedModel):
@@ -124,7 +129,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"no tokenizer could be loaded from {path}: {error}") from error
+        raise ModelError(f"no tokenizer could be loaded from {path}: {explained(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {path} has no EOS token: set eos_token in its tokenizer_config.json")
     return tokenizer
@@ -179,9 +184,11 @@ def outline(config: ModelConfig, *, scores: bool) -> PackedModel:
     auto = _scorer_class(network_config, config) if scores else transformers.AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            network = auto.from_config(network_config, trust_remote_code=config.trust_remote_code)
+            network = auto.from_config(
+                network_config, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code
+            )
     except Exception as error:  # transformers and remote code raise whatever they like
-        raise ModelError(f"model {config.path} could not be built as {auto.__name__}: {error}") from error
+        raise ModelError(f"model {config.path} could not be built as {auto.__name__}: {explained(error)}") from error
     return TokenScorer(network) if scores else CausalLM(network)
 
 
@@ -205,6 +212,18 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
     for module in network.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+
+
+def explained(error: Exception) -> str:
+    """What Transformers says, with what to do about it in the words of a run's configuration."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it brings Python code of its own, which runs only where trust_remote_code: true says that it is trusted"
+    if "Unrecognized configuration class" in said:
+        return f"there is no such class for it, in Transformers or in code that it brings ({said.split(' for ')[0]})"
+    if "attention implementation" in said:
+        return f"{said.split('. ')[0]}; set attention: eager, which every model has"
+    return said
 
 
 def _architecture(network_config: Any) -> str:
@@ -233,9 +252,16 @@ def _read_config(config: ModelConfig) -> Any:
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ModelError(f"model folder {config.path} {what}; a Hugging Face model folder or hub name is expected")
     try:
-        return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        found = transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"config.json of model {config.path} could not be read: {error}") from error
+        raise ModelError(f"config.json of model {config.path} could not be read: {explained(error)}") from error
+    if config.attention == "sdpa" and getattr(found.get_text_config(), "attn_logit_softcapping", None):
+        # Of Gemma 2 for one. Transformers 5 takes sdpa all the same, and silently computes without the cap.
+        raise ModelError(
+            f"model {config.path} caps its attention's logits, which sdpa leaves out; set attention: eager, or "
+            "flash_attention_2 on a GPU"
+        )
+    return found
 
 
 def _build(auto: Any, network_config: Any, config: ModelConfig, seed: int, may_miss: tuple[str, ...]) -> nn.Module:
@@ -257,7 +283,7 @@ def _build(auto: Any, network_config: Any, config: ModelConfig, seed: int, may_m
             config.path, config=network_config, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and remote code raise whatever they like
-        raise ModelError(f"model {config.path} could not be loaded as {auto.__name__}: {error}") from error
+        raise ModelError(f"model {config.path} could not be loaded as {auto.__name__}: {explained(error)}") from error
     missing = [key for key in info["missing_keys"] if not key.startswith(may_miss or ("\0",))]
     if missing or info["mismatched_keys"]:
         raise ModelError(
@@ -278,10 +304,31 @@ def _prepare(model: PackedModel, device: torch.device | str) -> None:
                 setattr(module, name, 0.0)
     model.to(device)
     with torch.no_grad():
-        model.padded = not _keeps_packed_sequences_apart(model, torch.device(device))
-        _require_causal(model, torch.device(device))
+        _try(model, torch.device(device))
     if model.padded:
         logger.warning("%s cannot run packed sequences; running padded batches", type(model.network).__name__)
+
+
+def _try(model: PackedModel, device: torch.device) -> None:
+    """Find out how the model is to be run.
+
+    Raises:
+        ModelError: it is no decoder, or does not run on plain tokens.
+    """
+    name = type(model.network).__name__
+    base: Any = model.network.base_model
+    tokens = _probe(model, 8, 3, device)[None]
+    try:
+        states = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
+    except Exception as error:  # code of others raises whatever it likes
+        raise ModelError(f"{name} does not run on a row of tokens and a mask alone: {error}") from error
+    model.tokens_first = tuple(states.shape[:2]) == (8, 1)
+    try:
+        model.padded = not _keeps_packed_sequences_apart(model, device)
+    except Exception as error:
+        logger.info("%s fails on a packed row: %s", name, error)
+        model.padded = True
+    _require_causal(model, device)
 
 
 def _keeps_packed_sequences_apart(model: PackedModel, device: torch.device) -> bool:

@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from actors.config import ModelConfig
+from actors.errors import ModelError
+from actors.models import explained, outline
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
 from launch.config import LearnerRunConfig, PPORunConfig, RewardModelRunConfig, RunConfig
@@ -68,7 +70,7 @@ def check_model(wanted: WantedModel, facts: Facts, tokenizers: dict[str, Tokeniz
         found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers, its validators and remote code raise whatever they like
         absent = Path(model.path).is_absolute() and not Path(model.path).exists()
-        reason = "no such folder" if absent else " ".join(str(error).split())
+        reason = "no such folder" if absent else explained(error)
         yield Problem(
             f"{wanted.where}.path",
             f"no model can be read from {model.path}: {reason}",
@@ -99,7 +101,12 @@ def _check_kind(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Proble
         yield Problem(
             wanted.where, f"the model has {found.num_labels} labels", "a model with one label, which is the score"
         )
-    elif not _can_be_built(wanted, found):
+    elif _can_be_built(wanted, found):
+        try:
+            outline(resolve_model(wanted.model), scores=wanted.kind != "language model")
+        except ModelError as error:
+            yield Problem(wanted.where, str(error))
+    else:
         what = "a causal language model" if wanted.kind == "language model" else "a model that scores"
         yield Problem(
             wanted.where, f"transformers has no {found.model_type} that is {what}", "a decoder such as Llama or Qwen"

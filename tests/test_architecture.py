@@ -23,6 +23,8 @@ OWNERS = {
     "ray": ("cluster/",),
     "deepspeed": ("actors/deepspeed_engine.py",),
     "vllm": ("actors/vllm_engine/",),
+    "peft": ("actors/tuning.py",),
+    "bitsandbytes": ("actors/tuning.py",),
 }
 TORCH_FREE = ("cluster/config.py", "actors/config.py", "algorithms/config.py", "data/config.py", "launch/config.py")
 MAX_FILE_LINES = 400

@@ -32,9 +32,10 @@ LORA = {"rank": 4, "alpha": 8.0}
 
 
 def config(folder: Path, stage: int, method: str = "lora", **changes: Any) -> TrainedRoleConfig:
-    tuning = {"method": method, "lora": LORA | changes.pop("lora", {})} | changes.pop("tuning", {})
+    lora = ({} if method == "full" else LORA) | changes.pop("lora", {})
+    tuning = {"method": method, "lora": lora} | changes.pop("tuning", {})
     return TrainedRoleConfig(
-        model=ModelConfig(path=str(folder), dtype=changes.pop("dtype", "float32")),
+        model=ModelConfig(path=str(folder), dtype=changes.pop("dtype", "float32"), **changes.pop("model", {})),
         zero=ZeroConfig(stage=stage, **changes.pop("zero", {})),
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5),
         tuning=TuningConfig(**tuning),
@@ -127,6 +128,18 @@ def export(own: RankContext, folder: Path, stage: int, method: str, target: Path
     engine.export(target / "merged", load_tokenizer(settings.model))
     engine.export_adapter(target / "adapter")
     return logits(engine)
+
+
+def learn_family(
+    own: RankContext, folder: Path, stage: int, method: str, target: Path, changes: dict[str, Any], rows: Any
+) -> tuple[list[float], Tensor]:
+    """Losses of five updates on the same tokens, and the logits of ``rows`` after an export into ``target``."""
+    settings = config(folder, stage, method, **changes)
+    engine = TrainEngine(model_of(settings), own, settings)
+    losses = [learn(engine, own, range(1))[0]["loss"] for _ in range(5)]
+    engine.export(target, load_tokenizer(settings.model))
+    logits = engine.forward([programs.pack(rows)], lambda model, pack: torch.as_tensor(model(*pack)))
+    return losses, logits[0]
 
 
 def train_in_shards(own: RankContext, folder: Path, method: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.config import ModelConfig
 from data.tokenizer import Tokenizer
 from launch.check import CheckReport, _check_folder
-from launch.check_models import check_model, wanted_models
+from launch.check_models import ModelKind, WantedModel, check_model, wanted_models
 from launch.configfile import load
+from tests.actors import families
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,3 +184,27 @@ def test_a_run_that_was_begun_is_told_of(runs: Path) -> None:
     (runs / "ppo" / "checkpoints" / "step-000001").mkdir(parents=True)
     assert list(_check_folder(config, report)) == []
     assert report.facts[-1] == ("run", f"{runs / 'ppo'}, begun already: --resume goes on with it")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "kind", "message"),
+    [
+        ("gemma2", {}, "language model", "caps its attention's logits, which sdpa leaves out; set attention: eager"),
+        ("gemma2", {"attention": "eager"}, "language model", None),
+        ("bloom", {}, "language model", "scaled_dot_product_attention yet; set attention: eager"),
+        ("bloom", {"attention": "eager"}, "new scorer", None),
+        ("glm4", {}, "new scorer", None),
+        ("baichuan", {"attention": "eager"}, "language model", "trust_remote_code: true says that it is trusted"),
+        ("baichuan", {"attention": "eager", "trust_remote_code": True}, "language model", None),
+        ("baichuan", {"attention": "eager", "trust_remote_code": True}, "new scorer", "there is no such class for it"),
+        ("chatglm", {"attention": "eager", "trust_remote_code": True}, "new scorer", None),
+    ],
+)
+def test_a_family_is_judged_before_it_is_loaded(
+    family: str, settings: dict[str, Any], kind: ModelKind, message: str | None, tmp_path: Path
+) -> None:
+    write = families.write if family in families.NAMES else families.write_remote
+    model = ModelConfig(path=str(write(tmp_path / family, family)), **settings)
+    problems = [str(problem) for problem in check_model(WantedModel("policy.model", model, kind, 16), [], {})]
+    assert len(problems) == (message is not None), problems
+    assert message is None or message in problems[0]
