@@ -25,7 +25,7 @@ from benchmarks.measure import print_setting
 from benchmarks.tiny import sequences, write_model
 
 ROOT = Path(__file__).parent.parent
-ROWS, BATCH, PROMPT, SHORTEST, LONGEST = 512, 32, 16, 32, 224
+ROWS, BATCH, PROMPT, SHORTEST, LONGEST = 192, 32, 16, 32, 224
 #: Ways in which TRL is run: its defaults, and without recomputing activations, in micro-batches of several sizes.
 TRL_WAYS: dict[str, dict[str, list[str]]] = {
     "sft": {
@@ -113,6 +113,7 @@ def race(python: Path, home: Path, method: str, size: str, rounds: int, threads:
         seconds["troupe"].append(run_troupe(home, method, f"{method}-{number}", threads))
         for at, (way, words) in enumerate(TRL_WAYS[method].items()):
             seconds[way].append(run_trl(python, home, method, f"trl-{method}-{number}-{at}", words, threads))
+        print(f"{method}, round {number + 1}:", *(f"{taken[-1]:.1f} s" for taken in seconds.values()), flush=True)
     print(f"\n{method}: {num_tokens} tokens in {ROWS // BATCH} updates")
     print(f"{'':56} {'seconds':>8} {'tokens/s':>9} {'troupe is faster by':>20}")
     for way, taken in seconds.items():
