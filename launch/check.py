@@ -9,9 +9,10 @@ loads torch for it) and where places are.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,10 @@ from launch.rundir import RunDir
 
 if TYPE_CHECKING:
     from cluster.nodes import Node
-    from launch.check_models import Facts
+    from launch.check_models import Facts, WantedModel
+
+#: It is compiled against the torch that is there, so it cannot come with it.
+FLASH_ATTENTION = "pip install flash-attn --no-build-isolation"
 
 
 @dataclass
@@ -70,6 +74,7 @@ def check(config: RunConfig) -> CheckReport:
     models = list(wanted_models(config))
     for wanted in models:
         report.problems += check_model(wanted, report.facts, tokenizers)
+    report.problems += _check_attention(models, config.cluster, report)
     report.problems += check_tuning(config, report.facts)
     report.problems += check_data(config, tokenizers.get(models[0].where), report.facts)
     report.problems += _check_places(config.placements(), config.cluster, config.cpus_wanted(), report)
@@ -84,6 +89,30 @@ def _check_folder(config: RunConfig, report: CheckReport) -> Iterator[Problem]:
         return
     state = ", begun already: --resume goes on with it" if run_dir.begun else ""
     report.facts.append(("run", f"{run_dir.path}{state}"))
+
+
+def _check_attention(
+    models: Iterable[WantedModel], cluster: ClusterConfig, report: CheckReport
+) -> Iterator[Problem]:
+    """Whether ``flash_attention_2`` finds its package.
+
+    A problem where the roles run on this machine. On a cluster they run on its nodes, of whose packages this machine
+    knows nothing, so there it is a fact to look at.
+    """
+    from cluster.session import cluster_address
+
+    if importlib.util.find_spec("flash_attn") is not None:
+        return
+    for wanted in models:
+        if wanted.model.attention != "flash_attention_2":
+            continue
+        where, right = f"{wanted.where}.attention", f"`{FLASH_ATTENTION}`, or attention: sdpa"
+        if cluster_address(cluster) is None:
+            yield Problem(where, "flash_attention_2 needs the package flash-attn, which is not installed here", right)
+        else:
+            report.facts.append(
+                (where, f"needs the package flash-attn, not installed here; the role's nodes need it: {right}")
+            )
 
 
 def _check_places(

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from launch.config import PPORunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
+from launch.config import OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
 from launch.fields import model_of
 
 INTRODUCTION = """\
@@ -24,8 +24,8 @@ One YAML describes a run; `algorithm.name` says of which kind it is. `key.sub=va
 configuration, every default written out, is kept as `config.yaml` in the run's folder. Relative paths of runs, models
 and data start at `$TROUPE_HOME`, or else at the current folder.
 
-`troupe check CONFIG` says whether a run can start, and takes no accelerator. Rules between keys and the run's folder are
-checked at once; it then loads torch, without which Transformers reads no model's configuration, and Ray, of whose
+`troupe check CONFIG` says whether a run can start, and takes no accelerator. Rules between keys and the run's folder
+are checked at once; it then loads torch, without which Transformers reads no model's configuration, and Ray, of whose
 placement it asks. No weights are loaded, and Ray is started only to ask a cluster, or for GPUs of this machine.
 
 This page is written by `make docs` from the configuration models."""
@@ -33,7 +33,7 @@ This page is written by `make docs` from the configuration models."""
 KINDS = (
     (
         "PPO",
-        PPORunConfig,
+        OnlineRunConfig,
         "`algorithm.name: ppo`. Five roles with a model, each in processes of its own. "
         "[`ray_config.yaml`](../ray_config.yaml) is a commented example.",
     ),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import ray
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from launch.check import CheckReport, _check_places
+from launch.check import CheckReport, _check_attention, _check_places
 from launch.check_data import ROWS_READ, check_data
+from launch.check_models import wanted_models
 from launch.configfile import load
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +125,31 @@ def test_nodes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         "cluster: policy bundle 1 of 2 needs 1 CPU: node this machine is ruled out by STRICT_SPREAD (in the whole "
         "cluster)"
     ]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attention_needs_its_package(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the roles run. A cluster's nodes may have it where the machine that checks has not: there it is told."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spec = ModuleSpec("flash_attn", None) if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "flash_attn" else find_spec(name))
+    words = (
+        "policy.model={path: runs/demo-sft/model, attention: flash_attention_2, dtype: bfloat16}",
+        "policy.gpus_per_rank=1",
+    )
+    for address, told in (("", "problem"), ("10.0.0.1:6379", "fact")):
+        config = load(ROOT / "ray_config.yaml", [*words, *([f"cluster.address={address}"] if address else [])])
+        report = CheckReport()
+        problems = [str(problem) for problem in _check_attention(wanted_models(config), config.cluster, report)]
+        facts = [f"{where}: {fact}" for where, fact in report.facts]
+        said = {"problem": problems, "fact": facts}[told]
+        assert problems + facts == said
+        if installed:
+            assert not said
+        else:
+            [line] = said
+            assert line.startswith("policy.model.attention: ") and "the package flash-attn" in line
+            assert "pip install flash-attn --no-build-isolation" in line and "attention: sdpa" in line
 
 
 @pytest.mark.parametrize(
