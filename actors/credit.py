@@ -28,7 +28,7 @@ from torch import Tensor
 
 from actors.errors import RoleError
 from algorithms.advantages import gae, whiten
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from algorithms.kl import k1
 from algorithms.rewards import per_token_rewards, shape_scores
 from algorithms.statistics import explained_variance
@@ -88,7 +88,7 @@ class _Columns:
 class CreditActor:
     """Computes rewards, advantages and returns."""
 
-    def __init__(self, context: RankContext, algorithm: PPOConfig) -> None:
+    def __init__(self, context: RankContext, algorithm: OnlineConfig) -> None:
         torch.set_num_threads(context.num_threads)
         self._algorithm = algorithm
 

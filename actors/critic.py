@@ -22,7 +22,7 @@ from actors.packed import ResponsePack, Samples
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from algorithms.losses import clipped_value_loss
 from cluster.context import RankContext
 from experience.schema import CREDIT, VALUES, check_schema, require_same_rows
@@ -42,7 +42,7 @@ class CriticActor:
     """One rank of the critic."""
 
     def __init__(
-        self, context: RankContext, config: CriticConfig, algorithm: PPOConfig, seed: int, num_iterations: int
+        self, context: RankContext, config: CriticConfig, algorithm: OnlineConfig, seed: int, num_iterations: int
     ) -> None:
         """Load the model and shard it over the ranks. Collective.
 

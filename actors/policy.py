@@ -28,7 +28,7 @@ from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatch
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta
 from actors.weight_sender import WeightSender, layout_of
 from actors.weights import WeightBucket, WeightManifest
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from algorithms.logprobs import entropy, token_logprobs
 from algorithms.losses import clipped_policy_loss
 from cluster.context import RankContext
@@ -55,7 +55,7 @@ class PolicyActor:
         self,
         context: RankContext,
         config: PolicyConfig,
-        algorithm: PPOConfig,
+        algorithm: OnlineConfig,
         sampling: SamplingConfig,
         seed: int,
         num_iterations: int,

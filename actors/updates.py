@@ -18,7 +18,7 @@ from actors.config import OptimizerConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.packed import Samples
 from actors.reports import TrainReport
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from algorithms.schedules import learning_rate
 from cluster.context import RankContext
 from experience.packing import minibatches, plan_packs
@@ -41,7 +41,7 @@ class Minibatch:
 class ScheduledUpdates:
     """Cuts iterations into minibatches and gives each its learning rate."""
 
-    def __init__(self, optimizer: OptimizerConfig, algorithm: PPOConfig, seed: int, num_iterations: int) -> None:
+    def __init__(self, optimizer: OptimizerConfig, algorithm: OnlineConfig, seed: int, num_iterations: int) -> None:
         self._optimizer = optimizer
         self._num_epochs = algorithm.num_epochs
         self._num_minibatches = algorithm.num_minibatches

@@ -36,7 +36,7 @@ class RewardShapingConfig(_Frozen):
     whiten: bool = Field(False, description="Scale rewards to unit variance over the global batch (mean kept).")
 
 
-class PPOConfig(_Frozen):
+class OnlineConfig(_Frozen):
     """PPO as InstructGPT has it, without the pre-training term."""
 
     name: Literal["ppo"] = "ppo"

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from actors.config import ModelConfig, OptimizerConfig, PolicyConfig, SamplingConfig, TrainedRoleConfig, ZeroConfig
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from algorithms.config import PPOConfig, SupervisedConfig
+from algorithms.config import OnlineConfig, SupervisedConfig
 from benchmarks.measure import Trial, print_setting
 from benchmarks.tiny import sequences, write_model
 from cluster.context import RankContext
@@ -111,7 +111,7 @@ def policy(folder: Path, size: str, zero: ZeroConfig, rounds: int) -> None:
     rows = sequences(ROWS, SHORTEST, LONGEST, size)
     lengths = [len(row) - PROMPT for row in rows]
     rollout, credit, advantages, behaviour = experience(rows, lengths)
-    algorithm = PPOConfig(num_minibatches=MINIBATCHES, clip_ratio=CLIP)
+    algorithm = OnlineConfig(num_minibatches=MINIBATCHES, clip_ratio=CLIP)
     sampling = SamplingConfig(max_response_tokens=LONGEST)
     role = PolicyActor(context("policy"), PolicyConfig(**common(folder, zero)), algorithm, sampling, 0, 1000)
     bare = BareLoop(folder)

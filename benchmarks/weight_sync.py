@@ -22,7 +22,7 @@ import numpy as np
 from actors.config import ModelConfig, OptimizerConfig, PolicyConfig, RolloutConfig, SamplingConfig
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from benchmarks.groups import EQUAL_PRIORITY, LOCAL, processes, started
 from benchmarks.measure import Trial, print_setting
 from benchmarks.tiny import write_model
@@ -41,7 +41,7 @@ async def race(folder: Path, num_weights: int, rounds: int) -> None:
     rollout = RolloutConfig(sampling=sampling, max_model_tokens=64, kv_cache_bytes=64 << 20)
     async with started(
         {
-            "policy": (PolicyActor, policy, (policy, PPOConfig(), sampling, 0, 1)),
+            "policy": (PolicyActor, policy, (policy, OnlineConfig(), sampling, 0, 1)),
             "rollout": (RolloutActor, rollout, (rollout, model, 0)),
         }
     ) as groups:

@@ -11,7 +11,7 @@ from data.errors import DataError
 from data.formats import Kind, recognise
 from data.readers import BadRow, read_rows
 from data.tokenizer import Tokenizer
-from launch.config import PPORunConfig, RunConfig
+from launch.config import OnlineRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_data
 
@@ -48,7 +48,7 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
 
 
 def _kind(config: RunConfig) -> Kind:
-    return "prompts" if isinstance(config, PPORunConfig) else config.DATA_KIND
+    return "prompts" if isinstance(config, OnlineRunConfig) else config.DATA_KIND
 
 
 def _build(builder: Builder, source: SourceConfig) -> str:

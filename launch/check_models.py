@@ -25,7 +25,7 @@ from actors.errors import ModelError
 from actors.models import explained, outline
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
-from launch.config import LearnerRunConfig, PPORunConfig, RewardModelRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
 
@@ -54,7 +54,7 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
         case LearnerRunConfig():
             kind: ModelKind = "new scorer" if isinstance(config, RewardModelRunConfig) else "language model"
             yield WantedModel("learner.model", config.learner.model, kind, config.data.max_tokens)
-        case PPORunConfig():
+        case OnlineRunConfig():
             longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
             engine = max(longest, config.rollout.max_model_tokens or 0)
             yield WantedModel("policy.model", config.policy.model, "language model", engine)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from actors.config import TrainedRoleConfig
-from launch.config import PPORunConfig, RewardModelRunConfig, RunConfig
+from launch.config import OnlineRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
 from launch.rules import runs_on_gpu
@@ -37,7 +37,7 @@ def check_tuning(config: RunConfig, facts: Facts) -> Iterator[Problem]:
 
 def _trained(config: RunConfig) -> Iterator[tuple[str, TrainedRoleConfig, bool]]:
     """The trained roles, and whether their model gives scores."""
-    if isinstance(config, PPORunConfig):
+    if isinstance(config, OnlineRunConfig):
         yield "policy", config.policy, False
         yield "critic", config.critic, True
     else:

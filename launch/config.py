@@ -18,20 +18,20 @@ from actors.config import (
     RolloutConfig,
     TrainedRoleConfig,
 )
-from algorithms.config import LearningConfig, PPOConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
+from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
 from data.formats import Kind
 from launch.errors import RuleViolations
-from launch.rules import PPO_RULES, SUPERVISED_RULES, Rule, violations
+from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, violations
 from launch.settings import OnlineSettings, RunSettings
 
 __all__ = [
     "AnyLearnerRunConfig",
     "BaseRunConfig",
     "LearnerRunConfig",
+    "OnlineRunConfig",
     "OnlineSettings",
-    "PPORunConfig",
     "PreferenceRunConfig",
     "RewardModelRunConfig",
     "RunConfig",
@@ -106,14 +106,14 @@ class PreferenceRunConfig(LearnerRunConfig):
     algorithm: PreferenceConfig = Field(description="What is learnt, and for how long.")
 
 
-class PPORunConfig(BaseRunConfig):
+class OnlineRunConfig(BaseRunConfig):
     """PPO: five roles, each on its own group of processes."""
 
-    RULES = PPO_RULES
+    RULES = ONLINE_RULES
     ROLES = ("policy", "critic", "reference", "reward", "rollout")
     SMALL_ROLES = ("credit", "source")
 
-    algorithm: PPOConfig = Field(description="How the policy learns.")
+    algorithm: OnlineConfig = Field(description="How the policy learns.")
     online: OnlineSettings = Field(description="How experience flows.")
     policy: PolicyConfig = Field(description="The model that is trained.")
     critic: CriticConfig = Field(description="The model that estimates what a prefix is worth.")
@@ -123,4 +123,4 @@ class PPORunConfig(BaseRunConfig):
 
 
 AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig
-RunConfig = AnyLearnerRunConfig | PPORunConfig
+RunConfig = AnyLearnerRunConfig | OnlineRunConfig

@@ -18,7 +18,7 @@ from launch.config import (
     AnyLearnerRunConfig,
     BaseRunConfig,
     LearnerRunConfig,
-    PPORunConfig,
+    OnlineRunConfig,
     PreferenceRunConfig,
     RewardModelRunConfig,
     RunConfig,
@@ -29,9 +29,9 @@ from launch.fields import Path, dotted, info_at, leaves, model_at, model_of, req
 from launch.rules import violations
 from launch.yamltree import YamlTree, to_yaml
 
-RunKind: TypeAlias = type[PPORunConfig] | type[AnyLearnerRunConfig]
+RunKind: TypeAlias = type[OnlineRunConfig] | type[AnyLearnerRunConfig]
 ALGORITHMS: Mapping[str, RunKind] = {
-    "ppo": PPORunConfig,
+    "ppo": OnlineRunConfig,
     "pretrain": SupervisedRunConfig,
     "sft": SupervisedRunConfig,
     "reward_model": RewardModelRunConfig,
@@ -72,7 +72,7 @@ def dump(config: RunConfig) -> str:
 
 def _kind(tree: YamlTree) -> tuple[RunKind, list[Problem]]:
     """The model that the file is of, with what is wrong about the key that says so."""
-    guess: RunKind = SupervisedRunConfig if "learner" in tree.values else PPORunConfig
+    guess: RunKind = SupervisedRunConfig if "learner" in tree.values else OnlineRunConfig
     names = ", ".join(ALGORITHMS)
     section = tree.values.get("algorithm")
     if not isinstance(section, dict) or "name" not in section:
@@ -133,11 +133,11 @@ def _problem(tree: YamlTree, kind: type[BaseRunConfig], detail: ErrorDetails, pa
 
 def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
     key, where = str(path[-1]), tree.where(path)
-    if len(path) == 1 and issubclass(kind, LearnerRunConfig) and key in PPORunConfig.model_fields:
+    if len(path) == 1 and issubclass(kind, LearnerRunConfig) and key in OnlineRunConfig.model_fields:
         name = _algorithm(tree)
         right = "remove the section (the model that is trained is `learner`), or set algorithm.name to ppo"
         return Problem(where, f"{name} trains one model, the learner, and has no {key}", right)
-    if len(path) == 1 and kind is PPORunConfig and key in LearnerRunConfig.model_fields:
+    if len(path) == 1 and kind is OnlineRunConfig and key in LearnerRunConfig.model_fields:
         right = "call it `policy`, or set algorithm.name to pretrain, sft, reward_model, dpo ..."
         return Problem(where, f"ppo trains `policy` and `critic` and has no {key}", right)
     owner = model_at(kind, path[:-1])

@@ -32,12 +32,12 @@ from actors.source import SourceActor
 from cluster.group import Ref
 from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
 from launch.buffered import Scored, complete_iterations, read_buffered
-from launch.config import PPORunConfig
+from launch.config import OnlineRunConfig
 from launch.fleet import Generated, RolloutFleet
 from launch.online_state import OnlineState
 from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
-from launch.roles import PPORoles
+from launch.roles import OnlineRoles
 from launch.stopping import StopRequest
 from launch.tasks import task_group
 
@@ -70,8 +70,8 @@ class OnlineDriver:
 
     def __init__(
         self,
-        config: PPORunConfig,
-        roles: PPORoles,
+        config: OnlineRunConfig,
+        roles: OnlineRoles,
         state: OnlineState,
         recorder: Recorder,
         stop: StopRequest,

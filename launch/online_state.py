@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from experience.buffer import BufferState
     from launch.buffered import Scored
     from launch.checkpoint import CheckpointStore
-    from launch.config import PPORunConfig
-    from launch.roles import PPORoles
+    from launch.config import OnlineRunConfig
+    from launch.roles import OnlineRoles
 
 STATE_FILE = "state.json"
 LEDGER_FILE = "ledger.arrow"
@@ -52,7 +52,7 @@ class OnlineState:
 
     def __init__(
         self,
-        config: PPORunConfig,
+        config: OnlineRunConfig,
         store: CheckpointStore,
         *,
         iteration: int,
@@ -73,7 +73,7 @@ class OnlineState:
         self.ledger = ledger
 
     @classmethod
-    def begin(cls, config: PPORunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
+    def begin(cls, config: OnlineRunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
         """The state before the first iteration."""
         kl = config.algorithm.kl
         controller = KLController(kl.coefficient, kl.target, kl.horizon_samples)
@@ -88,7 +88,7 @@ class OnlineState:
         )
 
     @classmethod
-    def read(cls, config: PPORunConfig, store: CheckpointStore, checkpoint: Path) -> OnlineState:
+    def read(cls, config: OnlineRunConfig, store: CheckpointStore, checkpoint: Path) -> OnlineState:
         """The state that a checkpoint holds."""
         saved = json.loads((checkpoint / STATE_FILE).read_text())
         kl = config.algorithm.kl
@@ -148,7 +148,7 @@ class OnlineState:
         period = self._config.run.checkpoint_every
         return self.finished or bool(period and self.iteration % period == 0)
 
-    async def save(self, roles: PPORoles, buffer: BufferState, payloads: Sequence[Scored]) -> None:
+    async def save(self, roles: OnlineRoles, buffer: BufferState, payloads: Sequence[Scored]) -> None:
         """Write a checkpoint: the trained roles' ranks their states, this process its own. The books must balance.
 
         Args:

@@ -22,7 +22,7 @@ from actors.rollout import RolloutActor, engine_environment
 from actors.source import SourceActor
 from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
-from launch.config import BaseRunConfig, LearnerRunConfig, PPORunConfig, SupervisedRunConfig
+from launch.config import BaseRunConfig, LearnerRunConfig, OnlineRunConfig, SupervisedRunConfig
 from launch.paths import resolve_data, resolve_model
 from launch.publish import weight_transfer
 from launch.rules import runs_on_gpu
@@ -49,7 +49,7 @@ class SupervisedRoles:
 
 
 @dataclass(frozen=True)
-class PPORoles:
+class OnlineRoles:
     """The roles of PPO."""
 
     source: RoleGroup[SourceActor]
@@ -77,7 +77,7 @@ async def supervised_roles(config: LearnerRunConfig, log_dir: Path) -> AsyncIter
 
 
 @asynccontextmanager
-async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORoles]:
+async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[OnlineRoles]:
     """Place and start the roles of a PPO run, all at the same time; end them on the way out."""
     policy, critic = _resolved(config.policy), _resolved(config.critic)
     reference, reward = _resolved(config.reference), _resolved(config.reward)
@@ -97,7 +97,7 @@ async def ppo_roles(config: PPORunConfig, log_dir: Path) -> AsyncIterator[PPORol
             rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
             rolled_out = starting.create_task(start(RolloutActor, "rollout", (rollout, policy.model, seed)))
             credited = starting.create_task(start(CreditActor, "credit", (algorithm,)))
-        yield PPORoles(
+        yield OnlineRoles(
             source.result(),
             learned.result(),
             valued.result(),

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from actors.config import ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
-from algorithms.config import LearningConfig, PPOConfig, SupervisedConfig
+from algorithms.config import LearningConfig, OnlineConfig, SupervisedConfig
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.errors import Problem
@@ -44,7 +44,7 @@ def batches_divide(online: OnlineSettings, rollout: RolloutConfig) -> Iterator[P
     )
 
 
-def minibatches_divide(online: OnlineSettings, algorithm: PPOConfig) -> Iterator[Problem]:
+def minibatches_divide(online: OnlineSettings, algorithm: OnlineConfig) -> Iterator[Problem]:
     """Every optimizer update sees the same number of samples."""
     yield from _multiple("online.batch_size", online.batch_size, "algorithm.num_minibatches", algorithm.num_minibatches)
 
@@ -56,7 +56,7 @@ def _multiple(where: str, value: int, of: str, divisor: int) -> Iterator[Problem
         yield Problem(where, f"{value} is not a multiple of {of} = {divisor}", f"{options} would be")
 
 
-def ppo_has_an_end(run: RunSettings, algorithm: PPOConfig) -> Iterator[Problem]:
+def online_has_an_end(run: RunSettings, algorithm: OnlineConfig) -> Iterator[Problem]:
     """PPO draws prompts for as long as it is told to."""
     if run.num_iterations is None:
         yield Problem("run.num_iterations", "is missing", "PPO has no end of its own: say how many batches to train on")
@@ -68,7 +68,7 @@ def ppo_has_an_end(run: RunSettings, algorithm: PPOConfig) -> Iterator[Problem]:
         )
 
 
-def kl_can_adapt(algorithm: PPOConfig) -> Iterator[Problem]:
+def kl_can_adapt(algorithm: OnlineConfig) -> Iterator[Problem]:
     """The adaptive controller multiplies the coefficient, so 0 stays 0."""
     if algorithm.kl.target is not None and algorithm.kl.coefficient == 0:
         yield Problem(
@@ -208,7 +208,7 @@ def weights_can_travel(cluster: ClusterConfig, policy: PolicyConfig, rollout: Ro
         yield Problem(where, "shared_memory is for engines on CPU", "auto, nccl or ipc")
 
 
-def ppo_colocation(
+def colocation(
     policy: PlacementConfig,
     critic: PlacementConfig,
     reference: PlacementConfig,
@@ -259,15 +259,15 @@ def _in_words(role: PlacementConfig) -> str:
     return f"{role.num_nodes} x {role.ranks_per_node} ranks laid out {role.strategy}"
 
 
-PPO_RULES: tuple[Rule, ...] = (
+ONLINE_RULES: tuple[Rule, ...] = (
     batches_divide,
     minibatches_divide,
-    ppo_has_an_end,
+    online_has_an_end,
     kl_can_adapt,
     samples_fit,
     roles_suit_devices,
     engines_suit_devices,
     weights_can_travel,
-    ppo_colocation,
+    colocation,
 )
 SUPERVISED_RULES: tuple[Rule, ...] = (examples_fit, evaluation_has_data, learner_suits_device)

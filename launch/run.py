@@ -14,7 +14,7 @@ from actors.policy import PolicyActor
 from actors.source import SourceActor, SourceDescription
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
-from launch.config import LearnerRunConfig, PPORunConfig, PreferenceRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, PreferenceRunConfig, RunConfig
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
@@ -22,7 +22,7 @@ from launch.online_state import OnlineState
 from launch.progress import Progress
 from launch.recorder import Recorder
 from launch.reference_pass import prepare_reference
-from launch.roles import ppo_roles, supervised_roles
+from launch.roles import online_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
 from launch.supervised import SupervisedDriver
@@ -61,7 +61,7 @@ def _run(config: RunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) ->
         match config:
             case LearnerRunConfig():
                 return asyncio.run(_supervised(config, run_dir, resume, stop))
-            case PPORunConfig():
+            case OnlineRunConfig():
                 return asyncio.run(_online(config, run_dir, resume, stop))
 
 
@@ -88,10 +88,10 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
     return RunResult(run_dir.path, state.update, stopped)
 
 
-async def _online(config: PPORunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
+async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
     checkpoint = store.latest() if resume else None
-    async with ppo_roles(config, run_dir.logs) as roles:
+    async with online_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         if checkpoint is None:
             state = OnlineState.begin(config, store, description)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from actors.objectives import NextToken
 from algorithms import losses, preferences, ranking
 from algorithms.config import PreferenceConfig, PreferenceLoss, RewardModelConfig, SupervisedConfig
-from launch.config import PPORunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
+from launch.config import OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
 from launch.configfile import load
 from launch.fields import model_of
 
@@ -88,7 +88,7 @@ def literals(annotation: object) -> Iterator[str]:
 def known_names() -> set[str]:
     """Every key of every configuration, and every value that is one of a few words."""
     names: set[str] = set()
-    for kind in (PPORunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig):
+    for kind in (OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig):
         for model in models(kind):
             for name, info in model.model_fields.items():
                 names |= {name, *literals(info.annotation)}

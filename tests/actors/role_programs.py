@@ -28,7 +28,7 @@ from actors.reference import ReferenceActor
 from actors.reports import ColumnInfo, TrainReport
 from actors.reward import RewardActor
 from actors.weights import unpack
-from algorithms.config import LearningConfig, PPOConfig, RewardModelConfig, SupervisedConfig
+from algorithms.config import LearningConfig, OnlineConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 
 NUM_ITERATIONS = 4
@@ -52,11 +52,11 @@ def sampling() -> SamplingConfig:
 
 def policy(own: RankContext, folder: Path, stage: int = 1, **algorithm: Any) -> PolicyActor:
     config = PolicyConfig(**trained(folder, stage))
-    return PolicyActor(own, config, PPOConfig(**algorithm), sampling(), 3, NUM_ITERATIONS)
+    return PolicyActor(own, config, OnlineConfig(**algorithm), sampling(), 3, NUM_ITERATIONS)
 
 
 def critic(own: RankContext, folder: Path, stage: int = 1, **algorithm: Any) -> CriticActor:
-    return CriticActor(own, CriticConfig(**trained(folder, stage)), PPOConfig(**algorithm), 3, NUM_ITERATIONS)
+    return CriticActor(own, CriticConfig(**trained(folder, stage)), OnlineConfig(**algorithm), 3, NUM_ITERATIONS)
 
 
 def reward(own: RankContext, folder: Path, tokenizer: Path, sharding: str = "replicas") -> RewardActor:
@@ -167,7 +167,7 @@ def rates(own: RankContext, folder: Path, rollouts: list[pa.RecordBatch], credit
     schedule = ScheduleConfig(shape="linear", final_fraction=0.1)
     optimizer = OptimizerConfig(learning_rate=1e-3, schedule=schedule)
     config = PolicyConfig(**(trained(folder, 1) | {"optimizer": optimizer}))
-    actor = PolicyActor(own, config, PPOConfig(), sampling(), 3, NUM_ITERATIONS)
+    actor = PolicyActor(own, config, OnlineConfig(), sampling(), 3, NUM_ITERATIONS)
     return [actor.train(i, rollouts, [credit]).metrics["learning_rate"] for i in range(NUM_ITERATIONS)]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from actors.credit import CreditActor, CreditReport, NotFinite
 from actors.errors import RoleError
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from cluster.context import RankContext
 from experience.schema import (
     CREDIT,
@@ -110,7 +110,7 @@ def assign(
     given = columns(samples, cut)
     if not recomputed:
         given["policy_logprobs"] = []
-    return CreditActor(context, PPOConfig.model_validate(settings)).assign(
+    return CreditActor(context, OnlineConfig.model_validate(settings)).assign(
         **given, kl_coefficient=coefficient, policy_version=version, keep_at=keep_at
     )
 
@@ -275,11 +275,11 @@ def test_refuses_rows_that_do_not_belong_together() -> None:
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", 1, None, 0)
     given = columns(samples) | {"scores": columns(others)["scores"], "policy_logprobs": []}
     with pytest.raises(SchemaError, match="999"):
-        CreditActor(context, PPOConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
+        CreditActor(context, OnlineConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
     others = random_samples([3, 5])
     given = columns(samples) | {"values": columns(others)["values"], "policy_logprobs": []}
     with pytest.raises(SchemaError, match="values of sample 101 has 5 values for a response of 4 tokens"):
-        CreditActor(context, PPOConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
+        CreditActor(context, OnlineConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
 
 
 def test_refuses_samples_that_make_no_sense() -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from actors.errors import TrainingDiverged
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from experience.packing import minibatches
 from experience.schema import SchemaError
 from tests.actors import role_programs as programs
@@ -159,4 +159,4 @@ def test_a_nan_advantage_is_refused_by_place(models: Path, batches: list[pa.Reco
 def test_the_rate_follows_the_run(models: Path, batches: list[pa.RecordBatch], on_policy: pa.RecordBatch) -> None:
     rates = programs.rates(context(), models / "qwen2", batches, on_policy)
     assert rates == pytest.approx([1e-3, 1e-3 * (1 - 0.9 / 3), 1e-3 * (1 - 1.8 / 3), 1e-4])
-    assert PPOConfig().num_epochs == 1
+    assert OnlineConfig().num_epochs == 1

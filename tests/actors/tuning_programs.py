@@ -24,7 +24,7 @@ from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokeniz
 from actors.policy import PolicyActor
 from actors.weights import WeightBucket, WeightManifest
 from actors.zero_settings import training_settings
-from algorithms.config import PPOConfig
+from algorithms.config import OnlineConfig
 from cluster.context import RankContext
 from tests.actors import engine_programs as programs
 
@@ -170,7 +170,7 @@ def policy(
     """A policy after three updates, the same each time."""
     settings = config(folder, stage, method, max_tokens_per_pack=128)
     sampling = SamplingConfig(max_response_tokens=24, temperature=temperature)
-    actor = PolicyActor(own, PolicyConfig(**dict(settings)), PPOConfig(), sampling, 3, 4)
+    actor = PolicyActor(own, PolicyConfig(**dict(settings)), OnlineConfig(), sampling, 3, 4)
     learn(actor._engine, own, range(3))
     return actor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import PPORunConfig, SupervisedRunConfig
+from launch.config import OnlineRunConfig, SupervisedRunConfig
 from launch.configfile import ALGORITHMS, dump, load
 from launch.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_every_shipped_file_parses_and_survives_being_written_out(path: Path, tm
 
 
 def test_the_algorithm_says_of_which_kind_a_run_is() -> None:
-    assert isinstance(load(PPO), PPORunConfig)
+    assert isinstance(load(PPO), OnlineRunConfig)
     assert isinstance(load(SFT), SupervisedRunConfig)
 
 
@@ -84,7 +84,7 @@ def test_overrides_are_typed_and_the_last_one_wins() -> None:
             "cluster.address=head:6379",
         ],
     )
-    assert isinstance(config, PPORunConfig)
+    assert isinstance(config, OnlineRunConfig)
     assert config.run.seed == 7
     assert config.policy.optimizer.learning_rate == 1e-5
     assert config.policy.optimizer.betas == (0.8, 0.9)

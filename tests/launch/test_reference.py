@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from launch.config import PPORunConfig, SupervisedRunConfig
+from launch.config import OnlineRunConfig, SupervisedRunConfig
 from launch.fields import leaves
 from launch.reference import page
 
@@ -18,7 +18,7 @@ def test_the_committed_page_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make docs` and commit docs/configuration.md"
 
 
-@pytest.mark.parametrize("model", [PPORunConfig, SupervisedRunConfig])
+@pytest.mark.parametrize("model", [OnlineRunConfig, SupervisedRunConfig])
 def test_every_key_is_on_it_and_says_what_it_is(model: type[BaseModel]) -> None:
     text = page()
     for leaf in leaves(model):

@@ -31,7 +31,7 @@ def test_groups_and_minibatches_divide() -> None:
     assert refused("ppo", "rollout.sampling.samples_per_prompt=4") == []
 
 
-def test_ppo_has_an_end() -> None:
+def test_online_has_an_end() -> None:
     [(where, what)] = refused("ppo", "run.num_iterations=null")
     assert where == "run.num_iterations"
     assert "PPO has no end of its own" in what
