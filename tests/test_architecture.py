@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -62,25 +62,55 @@ def test_imports_run_one_way(path: Path) -> None:
             assert top not in ("torch", "ray", "transformers"), f"{relative(path)}:{line}: configuration imports {top}"
 
 
-def test_no_import_cycles() -> None:
+def import_graph(root: Path, files: Iterable[Path]) -> dict[str, set[str]]:
+    """Which modules of ``files`` each one names in its imports; ``from package import module`` names the module."""
     names = {
-        relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in source_files()
+        path.relative_to(root).as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in files
     }
-    graph = {
-        name: {module for module, _ in imports(ast.parse(path.read_text())) if module in names and module != name}
-        for name, path in names.items()
-    }
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text())
+        whole = {module for module, _ in imports(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                whole |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[name] = {module for module in whole if module in names and module != name}
+    return graph
+
+
+def import_cycle(graph: Mapping[str, set[str]]) -> str:
+    """A cycle as ``a -> b -> a``; empty if there is none."""
     done: set[str] = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"import cycle: {' -> '.join((*trail[trail.index(name):], name))}"
+    def visit(name: str, trail: tuple[str, ...]) -> str:
+        if name in trail:
+            return " -> ".join((*trail[trail.index(name) :], name))
         if name not in done:
-            for other in graph[name]:
-                visit(other, (*trail, name))
+            for other in sorted(graph[name]):
+                if found := visit(other, (*trail, name)):
+                    return found
             done.add(name)
+        return ""
 
-    for name in graph:
-        visit(name, ())
+    return next((found for name in sorted(graph) if (found := visit(name, ()))), "")
+
+
+def test_no_import_cycles() -> None:
+    cycle = import_cycle(import_graph(ROOT, source_files()))
+    assert not cycle, f"import cycle: {cycle}"
+
+
+@pytest.mark.parametrize("line", ["import pack.b", "from pack.b import x", "from pack import d, b as c"])
+def test_an_import_cycle_is_seen_however_it_is_written(line: str, tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir()
+    texts = {"a": f"def f():\n    {line}\n", "b": "import os\nfrom pack.c import y\n", "c": "import pack.a\n"}
+    for name, text in {"__init__": "", **texts}.items():
+        (tmp_path / "pack" / f"{name}.py").write_text(text)
+    files = list(tmp_path.rglob("*.py"))
+    assert import_cycle(import_graph(tmp_path, files)) == "pack.a -> pack.b -> pack.c -> pack.a"
+    (tmp_path / "pack" / "c.py").write_text("from pack import nothing\n")
+    assert import_cycle(import_graph(tmp_path, files)) == ""
 
 
 @pytest.mark.parametrize("path", source_files(), ids=relative)
