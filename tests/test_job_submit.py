@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+MARK = "of the submitted tree:"
 
 
 def free_port() -> int:
@@ -65,6 +66,11 @@ def test_the_default_run_as_a_job(head: dict[str, str], home: Path, tmp_path: Pa
         if (ROOT / name).exists():
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, checkout / name)
+    # What is submitted differs from what is installed on this machine, so that it is seen which of the two runs.
+    source = checkout / "actors" / "source.py"
+    line = '"%s rank %d: %d rows of %s an epoch, '
+    assert source.read_text().count(line) == 1
+    source.write_text(source.read_text().replace(line, f'"{MARK} %s rank %d: %d rows of %s an epoch, '))
     stranger = {**head, "RAY_AUTH_TOKEN": "another-token"}
     refused = subprocess.run(("ray", "job", "submit", "--", "true"), env=stranger, capture_output=True, check=False)
     assert refused.returncode != 0
@@ -77,4 +83,6 @@ def test_the_default_run_as_a_job(head: dict[str, str], home: Path, tmp_path: Pa
     assert "ppo 1/20" in told and "ppo 20/20" in told
     assert "succeeded" in told
     assert (home / "runs" / "ppo" / "model" / "model.safetensors").exists()
-    assert (home / "runs" / "ppo" / "logs" / "rollout-0.log").exists()
+    logs = home / "runs" / "ppo" / "logs"
+    assert (logs / "rollout-0.log").exists()
+    assert f"{MARK} source rank 0:" in (logs / "source-0.log").read_text(), "not the submitted tree ran"
