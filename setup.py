@@ -31,6 +31,11 @@ REQUIRES = [
     "xxhash>=3.5",
     "jinja2>=3.1",  # chat templates
     "packaging>=24",
+    # Rewards: services, JSON schemas, and mathematics with the runtime of its parser.
+    "aiohttp>=3.12",
+    "jsonschema>=4.20",
+    "math-verify>=0.9,<0.10",
+    "antlr4-python3-runtime==4.13.2",
 ]
 
 EXTRAS = {
@@ -60,7 +65,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=["actors", "actors.vllm_engine", "algorithms", "cluster", "data", "experience", "launch"],
+    packages=[
+        "actors",
+        "actors.rewards",
+        "actors.vllm_engine",
+        "algorithms",
+        "cluster",
+        "data",
+        "experience",
+        "launch",
+    ],
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["troupe = launch.cli:main"]},

@@ -19,6 +19,10 @@ class ScoreError(RoleError):
     """A score is missing or is not a finite number."""
 
 
+class RewardError(RoleError):
+    """A reward cannot score anything as it is configured: a function, a file or a column is missing."""
+
+
 class RolloutError(RoleError):
     """A prompt that cannot be answered, an engine that cannot start, or one that may not answer."""
 

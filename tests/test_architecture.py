@@ -26,7 +26,14 @@ OWNERS = {
     "peft": ("actors/tuning.py",),
     "bitsandbytes": ("actors/tuning.py",),
 }
-TORCH_FREE = ("cluster/config.py", "actors/config.py", "algorithms/config.py", "data/config.py", "launch/config.py")
+TORCH_FREE = (
+    "cluster/config.py",
+    "actors/config.py",
+    "actors/rewards/config.py",
+    "algorithms/config.py",
+    "data/config.py",
+    "launch/config.py",
+)
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 

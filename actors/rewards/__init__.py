@@ -1,0 +1,1 @@
+"""Rewards that read text: functions, checkers, code, services and judges, behind one face."""
