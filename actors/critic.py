@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from actors.config import CriticConfig
 from actors.deepspeed_engine import TrainEngine
-from actors.models import load_scorer, load_tokenizer
+from actors.models import load_scorer
 from actors.packed import ResponsePack, Samples
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
@@ -47,13 +47,12 @@ class CriticActor:
         """Load the model and shard it over the ranks. Collective.
 
         Raises:
-            ModelError: model or tokenizer cannot be loaded, or the model has not one label.
+            ModelError: the model cannot be loaded, or has not one label.
         """
         self._context = context
         self._config = config
         self._algorithm = algorithm
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
-        self._tokenizer = load_tokenizer(config.model)
         self._engine = TrainEngine(load_scorer(config.model, seed=seed), context, config)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
@@ -119,18 +118,6 @@ class CriticActor:
     def load(self, folder: Path) -> None:
         """Go on from what ``save`` wrote. Collective."""
         self._engine.load(folder)
-
-    def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, tokenizer included. Collective."""
-        self._engine.export(folder, self._tokenizer)
-
-    def export_adapter(self, folder: Path) -> None:
-        """Write adapter and head alone, for PEFT. Collective.
-
-        Raises:
-            RoleError: the critic is tuned in full.
-        """
-        self._engine.export_adapter(folder)
 
     def _loss(self, model: nn.Module, pack: _CriticPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return clipped_value_loss(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
@@ -115,10 +115,6 @@ class RoleGroup(Generic[T]):
         """Processes of the role."""
         return len(self.ranks)
 
-    def with_deadline(self, seconds: float) -> RoleGroup[T]:
-        """The same group, whose calls may take ``seconds``."""
-        return replace(self, call_timeout_s=seconds)
-
     @overload
     async def call(self, method: AsyncMethod[T, P, R], *args: P.args, **kwargs: P.kwargs) -> list[R]: ...
 
@@ -201,11 +197,6 @@ class RoleGroup(Generic[T]):
             if pair is None:
                 return
             yield pair
-
-    def shutdown(self) -> None:
-        """End every process of the role at once."""
-        for rank in self.ranks:
-            ray.kill(rank.handle)
 
     def _submit(
         self,

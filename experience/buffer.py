@@ -101,12 +101,6 @@ class Batch(Generic[PayloadT]):
         """Versions between training and the oldest token."""
         return max(self.iteration - chunk.info.oldest_version for chunk in self.chunks)
 
-    @property
-    def mean_staleness(self) -> float:
-        """Versions between training and each chunk's oldest token, averaged over rows."""
-        ages = (chunk.info.num_rows * (self.iteration - chunk.info.oldest_version) for chunk in self.chunks)
-        return sum(ages) / self.num_rows
-
 
 class ChunkState(TypedDict):
     """A ``ChunkInfo`` as JSON."""
@@ -174,11 +168,6 @@ class VersionBuffer(Generic[PayloadT]):
     def num_rows_admitted(self) -> int:
         """Rows that are being generated, wait here, or are being trained on."""
         return sum(window.num_admitted for window in self._windows.values())
-
-    @property
-    def num_rows_put(self) -> int:
-        """Rows that wait here or are being trained on."""
-        return sum(window.num_put for window in self._windows.values())
 
     async def wait_for_slot(self, max_rows: int | None = None) -> Slot | None:
         """Wait until rows may be generated, and reserve up to ``max_rows`` of them (none: all of an iteration's).

@@ -56,11 +56,6 @@ class Experience:
         return int(self.table.num_rows)
 
     @property
-    def sample_ids(self) -> Int64Array:
-        """``sample_id`` of every row, (N,)."""
-        return np.asarray(self.table.column("sample_id"), dtype=np.int64)
-
-    @property
     def metadata(self) -> dict[str, str]:
         """What ``write`` was given, read back."""
         stored = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}

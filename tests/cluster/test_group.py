@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,7 +194,8 @@ async def test_contexts_results_and_columns(stage: Stage) -> None:
 async def test_columns_survive_their_maker(stage: Stage) -> None:
     group = await stage.start(Worker)
     small, _ = await group.column_of(0, Worker.make, 4)
-    group.shutdown()
+    for rank in group.ranks:
+        ray.kill(rank.handle)
     await asyncio.sleep(1)
     assert ray.get(small, timeout=10).num_rows == 4
 
@@ -251,7 +253,7 @@ async def test_native_crash_leaves_its_words_in_the_log(stage: Stage) -> None:
 
 
 async def test_a_silent_rank_is_named(stage: Stage) -> None:
-    group = (await stage.start(Worker)).with_deadline(2.0)
+    group = replace(await stage.start(Worker), call_timeout_s=2.0)
     with pytest.raises(RoleTimeout) as silent:
         await group.call(Worker.hang, 1)
     assert silent.value.silent == (1,)

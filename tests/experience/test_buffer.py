@@ -64,13 +64,13 @@ async def test_bound_k_lets_generation_run_k_versions_ahead(bound: int) -> None:
         assert await buffer.wait_for_slot() == Slot(iteration, 2)
         buffer.put(chunk(iteration, (2 * iteration, 2 * iteration + 1), oldest=0))
     producer = await waits(buffer.wait_for_slot())
-    assert buffer.num_rows_admitted == buffer.num_rows_put == 2 * (bound + 1)
+    assert buffer.num_rows_admitted == 2 * (bound + 1)
     for iteration in range(bound):
         assert (await buffer.take()).max_staleness == iteration
     buffer.release(1)
     assert await producer == Slot(bound + 1, 2)
     batch = await buffer.take()
-    assert (batch.max_staleness, batch.mean_staleness) == (bound, bound)
+    assert batch.max_staleness == bound
 
 
 async def test_staleness_is_averaged_over_rows() -> None:
@@ -84,7 +84,7 @@ async def test_staleness_is_averaged_over_rows() -> None:
     await buffer.take()
     await buffer.take()
     batch = await buffer.take()
-    assert (batch.iteration, batch.max_staleness, batch.mean_staleness) == (7, 2, 0.5)
+    assert (batch.iteration, batch.max_staleness) == (7, 2)
 
 
 async def test_rows_come_back_in_any_order_and_leave_in_the_order_of_prompts() -> None:
@@ -331,7 +331,7 @@ def test_any_interleaving_ends_in_order_and_within_the_bound(**run: int) -> None
     assert not buffer._prompts
     for batch in simulation.taken:
         assert batch.num_rows == buffer.batch_rows
-        assert 0 <= batch.mean_staleness <= batch.max_staleness <= run["bound"]
+        assert 0 <= batch.max_staleness <= run["bound"]
         assert {simulation.admitted_for[prompt] for prompt in batch.prompt_ids} == {batch.iteration}
         assert batch.prompt_ids == sorted(batch.prompt_ids)
     consumed = [prompt for batch in simulation.taken for prompt in batch.prompt_ids]

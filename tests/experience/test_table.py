@@ -28,7 +28,7 @@ def joined(rollout_of: MakeBatch, ref_of: MakeBatch, scores_of: MakeBatch) -> Ex
 
 def test_join_by_position_over_differently_cut_batches(joined: Experience) -> None:
     assert joined.num_rows == 6
-    assert joined.sample_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert joined.table.column("sample_id").to_pylist() == [0, 1, 2, 3, 4, 5]
     assert joined.table.column_names == [*ROLLOUT.names, "ref_logprobs", "score"]
     row = joined.row(3)
     assert (row["sample_id"], row["prompt_id"], row["finish_reason"]) == (3, 1, "length")
