@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -56,6 +57,55 @@ def test_every_command_of_the_documents_is_known() -> None:
         for module in re.findall(r"python -m ([\w.]+)", commands):
             path = ROOT / module.replace(".", "/")
             assert path.is_dir() or path.with_suffix(".py").exists(), f"{document.name}: python -m {module}"
+
+
+def script_commands() -> list[str]:
+    """``python -m benchmarks.x ...`` and ``examples.x``: of the documents' blocks, the scripts, and the Makefile."""
+    texts = [block for document in DOCUMENTS for block in (*blocks(document, "bash"), *blocks(document, ""))]
+    texts.append((ROOT / "Makefile").read_text())
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / "benchmarks").glob("*.py")]
+    lines = re.findall(r"python -m ((?:benchmarks|examples)\..*)", "\n".join(texts))
+    return sorted({re.sub(r"[\[\]]", "", line.split("#")[0]).strip() for line in lines})
+
+
+def test_command_lines_of_scripts_are_understood() -> None:
+    """All in one process, which reads them as the scripts would and stops there: loading the engines takes seconds."""
+    program = """
+import argparse, importlib, sys
+
+class Understood(Exception):
+    pass
+
+understand = argparse.ArgumentParser.parse_args
+
+def parse_args(self, *given):
+    understand(self, *given)
+    raise Understood
+
+argparse.ArgumentParser.parse_args = parse_args
+for line in sys.stdin.read().splitlines():
+    print("python -m", line, file=sys.stderr)
+    module, *sys.argv[1:] = line.split()
+    try:
+        importlib.import_module(module).main()
+    except Understood:
+        continue
+    sys.exit("it takes no command line")
+"""
+    commands = script_commands()
+    with_a_main = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\ndef main(" in path.read_text()}
+    # The other side of a comparison runs in an environment of its own.
+    assert {line.split()[0] for line in commands} >= {f"benchmarks.{name}" for name in with_a_main - {"trl_side"}}
+    words = (sys.executable, "-c", program)
+    done = subprocess.run(words, input="\n".join(commands), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_pip_is_told_to_install_is_there() -> None:
+    extras = set(re.findall(r'^    "(\w+)": \[', (ROOT / "setup.py").read_text(), flags=re.MULTILINE))
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    told = set(re.findall(r"pip install -e \.\[(\w+)\]", text))
+    assert told and told <= extras
 
 
 def test_the_first_run_of_the_readme(
