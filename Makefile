@@ -4,6 +4,8 @@
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || \
                   (command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3))
 BIN := .venv/bin
+# Two files of tests at a time: most of their time goes by in starting processes.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := torch==2.13.0+cpu
 
 .PHONY: demo test test-all check install lock docs clean
@@ -12,10 +14,10 @@ demo: install
 	$(BIN)/python -m examples.demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: install
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: install
 	$(BIN)/ruff check .

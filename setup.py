@@ -53,6 +53,7 @@ EXTRAS = {
         "pytest>=9.0",
         "pytest-asyncio>=1.3",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "ruff>=0.15",
     ],
 }

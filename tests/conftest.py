@@ -15,7 +15,15 @@ from examples.demo_data import Sizes, write_base_model, write_data
 ROOT = Path(__file__).parent.parent
 SIZES = Sizes(pretrain=400, sft=240, preferences=160, prompts=200, heldout=20)
 
+#: Files of tests that take long: first, so that no worker is left with one of them at the end.
+LONG = ("test_runs.py", "test_tuning.py", "test_job_submit.py", "test_methods.py", "test_group.py", "test_placement.py")
+
 Troupe = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, each whole and in its own order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
