@@ -87,7 +87,8 @@ async def race(folder: Path, num_weights: int, size: str, num_prompts: int, roun
     """Time the three engines."""
     rows = sequences(num_prompts, SHORTEST, LONGEST, size)
     ids = list(range(num_prompts))
-    prompts = make_batch(PROMPTS, {"prompt_id": ids, "tokens": rows, "source": ["random"] * num_prompts})
+    more = {"source": ["random"] * num_prompts, "columns": ["{}"] * num_prompts}
+    prompts = make_batch(PROMPTS, {"prompt_id": ids, "tokens": rows, **more})
     model = ModelConfig(path=str(folder), dtype="float32")
     config = RolloutConfig(
         sampling=SamplingConfig(max_response_tokens=RESPONSE),

@@ -7,6 +7,7 @@ responses that is read as feedback counts once.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +21,15 @@ from data.config import DataConfig, SourceConfig
 from data.errors import EmptyDataError, FormatError, RowError, TooLongError
 from data.formats import Kind, recognise
 from data.readers import BadRow, Row, read_rows
-from data.records import Comparison, Demonstration, Document, Feedback, Prompt, Record, prompt_key
+from data.records import Comparison, Demonstration, Document, Feedback, Prompt, Record, Values, prompt_key
 from data.table import TableWriter, TokenTable
 from data.tokenize import Encoder, TokenRow, concatenated
 from data.tokenizer import Tokenizer, require_eos
 
 logger = logging.getLogger(__name__)
+
+#: A row on its way: what the log calls it, the record, its texts, and the columns kept of it as JSON.
+Rendering = tuple[str, Record, list[Rendered], str]
 
 ROWS_AT_A_TIME = 512
 MOST_ROWS_NAMED = 20
@@ -168,13 +172,14 @@ class Builder:
             for split in splits.values():
                 split.writer.abandon()
 
-    def _records(self, source: SourceConfig, tally: _Tally) -> Iterator[tuple[str, Record, list[Rendered]]]:
-        """The rows that can be rendered, each with its origin."""
+    def _records(self, source: SourceConfig, tally: _Tally) -> Iterator[Rendering]:
+        """The rows that can be rendered."""
         for row in read_rows(source):
             tally.read += 1
             try:
                 record = self._record(row, tally)
                 rendered = [] if record is None else self._render(record)
+                kept = self._kept(row.values) if record is not None and isinstance(row, Row) else "{}"
             except RowError as error:
                 tally.bad += 1
                 if self._config.bad_rows == "refuse":
@@ -184,7 +189,7 @@ class Builder:
                 if record is None:
                     tally.filtered += 1
                 else:
-                    yield row.origin, record, rendered
+                    yield row.origin, record, rendered, kept
 
     def _record(self, row: Row | BadRow, tally: _Tally) -> Record | None:
         """The row in canonical form; none where the source does not want it."""
@@ -226,13 +231,13 @@ class Builder:
 
     def _add(
         self,
-        batch: list[tuple[str, Record, list[Rendered]]],
+        batch: list[Rendering],
         fraction: float,
         splits: Mapping[bool, _Split],
         tally: _Tally,
     ) -> None:
-        rows = iter(self._encoder.encode([rendered for _, _, all_of_it in batch for rendered in all_of_it]))
-        for origin, record, rendered in batch:
+        rows = iter(self._encoder.encode([rendered for _, _, all_of_it, _ in batch for rendered in all_of_it]))
+        for origin, record, rendered, kept in batch:
             unit = [next(rows) for _ in rendered]
             document = self._whole_document or isinstance(record, Document)
             cut = document and self._config.documents != "separate"
@@ -242,15 +247,15 @@ class Builder:
             tally.heldout += heldout
             tally.train += not heldout
             if not cut:
-                self._write(splits[heldout].writer, unit, record, origin)
+                self._write(splits[heldout].writer, unit, record, {"origin": origin, "kept": kept})
             elif self._config.documents == "packed":
                 splits[heldout].pack(unit[0])
             else:
                 for piece in unit[0].pieces(self._config.max_tokens):
                     splits[heldout].writer.add([piece], {}, {})
 
-    def _write(self, writer: TableWriter, unit: list[TokenRow], record: Record, origin: str) -> None:
-        """A row's sequences with the columns of the kind."""
+    def _write(self, writer: TableWriter, unit: list[TokenRow], record: Record, texts: Mapping[str, str]) -> None:
+        """A row's sequences with the columns of the kind; ``texts`` are those of a prompt."""
         prompt_lengths = [row.num_prompt_tokens for row in unit] if self._kind in ("comparisons", "feedback") else []
         match self._kind, record:
             case "comparisons", Comparison():
@@ -262,9 +267,23 @@ class Builder:
                 for row, length, label in zip(unit, prompt_lengths, labels, strict=True):
                     writer.add([row], {"num_prompt_tokens": [length], "desirable": [label]}, {})
             case "prompts", _:
-                writer.add(unit, {}, {"origin": origin})
+                writer.add(unit, {}, texts)
             case _:
                 writer.add(unit, {}, {})
+
+    def _kept(self, values: Values) -> str:
+        """The columns of a prompt's row that are kept, as JSON."""
+        if self._kind != "prompts" or not self._config.keep_columns:
+            return "{}"
+        for name in self._config.keep_columns:
+            if name not in values:
+                found = ", ".join(sorted(values))
+                raise RowError(f"no column {name!r}, which data.keep_columns asks for; it has {found}")
+        try:
+            kept = {name: values[name] for name in self._config.keep_columns}
+            return json.dumps(kept, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RowError(f"data.keep_columns: a column is not JSON: {error}") from error
 
     def _require_margin(self, comparison: Comparison) -> None:
         table, rating = self._config.margin_of_rating, comparison.rating

@@ -97,6 +97,10 @@ class DataConfig(_Frozen):
         "none", description="Comparisons with a rating and no margin of their own: Llama 2's small or large table, or "
         "{rating: margin}. A rating that the table lacks makes a bad row; `none` gives every rating margin 0."
     )
+    keep_columns: tuple[str, ...] = Field(
+        (), description="Prompts: further columns of their rows that rewards are given, such as the right answer. They "
+        "go by the names that `columns` of the source gives them; a row without one of them is a bad row."
+    )
     cache_dir: str | None = Field(
         None, description="Keep tokenised data in files below this folder: mapped, not held in memory, and used again "
         "by later runs with the same data, tokenizer and settings. None: in memory."

@@ -210,7 +210,8 @@ class Dataset:
         match self.kind:
             case "prompts":
                 origins = pa.array(taken.texts["origin"], pa.string())
-                columns = {"prompt_id": pa.array(ids), "tokens": tokens, "source": origins}
+                kept = pa.array(taken.texts["kept"], pa.string())
+                columns = {"prompt_id": pa.array(ids), "tokens": tokens, "source": origins, "columns": kept}
                 return make_batch(PROMPTS, columns), taken.lengths
             case "examples":
                 mask = taken.columns["mask"]

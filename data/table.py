@@ -32,7 +32,14 @@ Flat: TypeAlias = "array[Any]"
 #: Type codes, of `array` and of numpy alike: per unit, row, token or byte. What ends in `_ends` says where each list
 #: or text ends.
 _COLUMNS: dict[Kind, dict[str, str]] = {
-    "prompts": {"row_ends": "q", "tokens": "i", "origin_ends": "q", "origin": "B"},
+    "prompts": {
+        "row_ends": "q",
+        "tokens": "i",
+        "origin_ends": "q",
+        "origin": "B",
+        "kept_ends": "q",
+        "kept": "B",
+    },
     "examples": {"row_ends": "q", "tokens": "i", "mask": "B"},
     "comparisons": {
         "row_ends": "q",
@@ -259,7 +266,7 @@ class Units:
 
 #: Columns with one value a unit, which each of its rows gets.
 _OF_UNIT = ("margin", "preference")
-_TEXTS = ("origin", "rating")
+_TEXTS = ("origin", "kept", "rating")
 
 
 class Tables:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_KEY = b"troupe.schema_version"
 NAME_KEY = b"troupe.schema"
 
@@ -43,8 +43,15 @@ def _list(kind: pa.DataType) -> pa.DataType:
 TOKENS = _list(pa.int32())
 PER_TOKEN_FLOAT = _list(pa.float32())
 
-#: What a dataset gives a rollout: one row a prompt. ``source`` names the file and line it came from.
-PROMPTS = _schema("prompts", ("prompt_id", pa.int64()), ("tokens", TOKENS), ("source", pa.string()))
+#: What a dataset gives a rollout: one row a prompt. ``source`` names the file and line it came from; ``columns`` is a
+#: JSON object with the columns of its row that are kept for the rewards, ``{}`` where none are.
+PROMPTS = _schema(
+    "prompts",
+    ("prompt_id", pa.int64()),
+    ("tokens", TOKENS),
+    ("source", pa.string()),
+    ("columns", pa.string()),
+)
 
 #: What a dataset gives pre-training and SFT: one row a sequence. ``loss_mask`` is 1 on the tokens to be learnt.
 EXAMPLES = _schema(

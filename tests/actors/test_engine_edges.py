@@ -77,7 +77,8 @@ async def engine(folder: Path, trained: Any) -> AsyncIterator[RolloutActor]:
 
 def prompts(*rows: list[int]) -> pa.RecordBatch:
     ids = list(range(70, 70 + len(rows)))
-    return make_batch(PROMPTS, {"prompt_id": ids, "tokens": list(rows), "source": ["test"] * len(rows)})
+    more = {"source": ["test"] * len(rows), "columns": ["{}"] * len(rows)}
+    return make_batch(PROMPTS, {"prompt_id": ids, "tokens": list(rows), **more})
 
 
 async def test_a_policy_from_scratch_is_served_once_published(engine: RolloutActor, trained: Any) -> None:

@@ -326,3 +326,30 @@ def test_tokenizer_without_eos_is_refused_where_it_is_needed(
 def test_tokenizer_without_template_is_refused_for_always(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     with pytest.raises(TokenizerError, match=r"has no chat template, and .* is `always`"):
         make(plain, "prompts", jsonl(*demonstrations(2)), apply_chat_template="always")
+
+
+def test_prompts_keep_the_columns_that_rewards_need(
+    plain: DecodingTokenizer, jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n} the", "gold": n, "tags": ["a", None], "other": "é"} for n in range(12)]
+    path = jsonl(*rows)
+    train = {"path": path, "columns": {"answer": "gold"}}
+    names = ["answer", "tags", "other"]
+    for cache_dir in (None, str(tmp_path / "cache")):
+        data = make(plain, "prompts", train, keep_columns=names, heldout_fraction=0.5, cache_dir=cache_dir)
+        batch = pa.Table.from_batches([data.in_order().batch])
+        kept = [json.loads(columns) for columns in batch["columns"].to_pylist()]
+        assert sorted(one["answer"] for one in kept) == list(range(12))
+        assert all(one == {"answer": one["answer"], "tags": ["a", None], "other": "é"} for one in kept)
+        texts = [text(plain, tokens) for tokens in batch["tokens"].to_pylist()]
+        assert texts == [f"{one['answer']} the" for one in kept]
+    assert make(plain, "prompts", path).draw(Cursor(), 2).batch["columns"].to_pylist() == ["{}"] * 2
+
+
+def test_a_prompt_without_a_column_that_is_kept_is_a_bad_row(
+    plain: DecodingTokenizer, jsonl: Callable[..., str]
+) -> None:
+    path = jsonl({"prompt": "a", "answer": 1}, {"prompt": "b", "gold": 1})
+    with pytest.raises(RowError, match=re.escape(f"{path}:2: no column 'answer', which data.keep_columns asks for")):
+        make(plain, "prompts", path, keep_columns=["answer"])
+    assert make(plain, "prompts", path, keep_columns=["answer"], bad_rows="skip").num_rows == 1

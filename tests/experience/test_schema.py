@@ -49,17 +49,20 @@ def test_make_batch_takes_arrays_as_they_are() -> None:
     assert make_batch(SCORES, {"sample_id": pa.array([1], pa.int32()), "score": [1]}).column("score")[0].as_py() == 1.0
 
 
+REST: dict[str, list[object]] = {"source": ["a"], "columns": ["{}"]}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"prompt_id": [1], "tokens": [[1]]}, r"prompts: has columns .* got \['prompt_id', 'tokens'\]"),
-        ({"prompt_id": [1], "tokens": [["x"]], "source": ["a"]}, "column tokens is not list"),
-        ({"prompt_id": [1], "tokens": [1], "source": ["a"]}, "column tokens is not list"),
-        ({"prompt_id": [2**63 - 1, 1], "tokens": [[1]], "source": ["a"]}, "columns differ in length"),
-        ({"prompt_id": [None], "tokens": [[1]], "source": ["a"]}, "column prompt_id holds 1 nulls"),
-        ({"prompt_id": [1], "tokens": [[1, None]], "source": ["a"]}, "column tokens holds 1 nulls"),
-        ({"prompt_id": [1], "tokens": pa.array([None], pa.list_(pa.int32())), "source": ["a"]}, "tokens holds 1 nulls"),
-        ({"prompt_id": [1], "tokens": pa.array([["x"]]), "source": ["a"]}, "column tokens is not list"),
+        ({"prompt_id": [1], "tokens": [["x"]], **REST}, "column tokens is not list"),
+        ({"prompt_id": [1], "tokens": [1], **REST}, "column tokens is not list"),
+        ({"prompt_id": [2**63 - 1, 1], "tokens": [[1]], **REST}, "columns differ in length"),
+        ({"prompt_id": [None], "tokens": [[1]], **REST}, "column prompt_id holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": [[1, None]], **REST}, "column tokens holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": pa.array([None], pa.list_(pa.int32())), **REST}, "tokens holds 1 nulls"),
+        ({"prompt_id": [1], "tokens": pa.array([["x"]]), **REST}, "column tokens is not list"),
     ],
 )
 def test_make_batch_refuses(columns: dict[str, list[object]], message: str) -> None:
@@ -73,7 +76,7 @@ def test_check_schema_says_what_differs() -> None:
     check_schema(pa.Table.from_batches([batch]), SCORES)
     with pytest.raises(SchemaError, match="expected a batch of schema values, got one of scores"):
         check_schema(batch, VALUES)
-    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 2"):
+    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 3"):
         check_schema(batch.replace_schema_metadata(None), SCORES)
     renamed = batch.rename_columns(["sample_id", "reward"]).replace_schema_metadata(SCORES.metadata)
     with pytest.raises(SchemaError, match=r"(?s)scores: expected .*score: float not null, got .*reward"):
