@@ -63,6 +63,6 @@ _seen: dict[str, int] = {}
 
 
 async def second_time(response: str) -> float | None:
-    """Has a score from the second time on, but never for ``never``."""
+    """Has a score from the second time on, but never for ``NEVER``."""
     _seen[response] = _seen.get(response, 0) + 1
-    return 2.0 if _seen[response] > 1 and response != "never" else None
+    return 2.0 if _seen[response] > 1 and response != "NEVER" else None

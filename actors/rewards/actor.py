@@ -1,0 +1,157 @@
+"""The role of every reward over text: a column of scores, and the names of the samples that have none.
+
+Invariants:
+
+- The column has a row for every sample of this rank, in their order. A sample without a score holds NaN, which credit
+  assignment refuses: whoever takes the column leaves the rows of ``RewardInfo.dropped`` out first.
+- A failure is told with its sample, its prompt and its reason, whether the sample is dropped or given a score.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from actors.config import ModelConfig
+from actors.models import load_tokenizer
+from actors.reports import ColumnInfo
+from actors.rewards.build import build_reward
+from actors.rewards.config import TextRewardConfig
+from actors.rewards.retries import Scored, score_with_retries
+from actors.rewards.rows import kept_columns, sample_texts
+from actors.scoring import own_ids
+from cluster.context import RankContext
+from experience.packing import contiguous_split
+from experience.schema import ROLLOUT, SCORES, check_schema, make_batch
+from experience.tensors import list_column
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class SampleFailure:
+    """A sample that got no score of its own, after all tries."""
+
+    sample_id: int
+    prompt_id: int
+    reason: str
+    detail: str
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class RewardInfo(ColumnInfo):
+    """One rank's part of a reward's column.
+
+    ``num_failed_tries`` counts by reason, tries that a later one made good included; ``num_retried`` counts samples
+    tried again, once for each time. ``num_tokens`` are of prompts and responses.
+    """
+
+    failures: tuple[SampleFailure, ...]
+    num_failed_tries: Mapping[str, int]
+    num_retried: int
+
+    @property
+    def dropped(self) -> dict[int, str]:
+        """The prompts whose groups are to be left out, each with a reason for the ledger."""
+        return {failure.prompt_id: f"reward {failure.reason}" for failure in self.failures if failure.dropped}
+
+    @property
+    def num_failures(self) -> dict[str, int]:
+        """Samples without a score of their own, by reason."""
+        counts: dict[str, int] = {}
+        for failure in self.failures:
+            counts[failure.reason] = counts.get(failure.reason, 0) + 1
+        return counts
+
+
+class TextRewardActor:
+    """One rank of a reward over text. Its methods are coroutines: many slices are under way at a time."""
+
+    def __init__(self, context: RankContext, config: TextRewardConfig, policy_model: ModelConfig) -> None:
+        """Load what scores.
+
+        Args:
+            config: any kind but `model`, which ``RewardActor`` plays.
+            policy_model: whose tokenizer the samples are in.
+
+        Raises:
+            ModelError: the tokenizer, or a judge, cannot be loaded.
+            RewardError: nothing can be scored as it is configured.
+        """
+        self._context = context
+        self._config = config
+        self._tokenizer = load_tokenizer(policy_model)
+        self._reward = build_reward(config, context)
+
+    async def score(
+        self, rollouts: Sequence[pa.RecordBatch], prompts: Sequence[pa.RecordBatch]
+    ) -> tuple[pa.RecordBatch, RewardInfo]:
+        """One score a sample: SCORES of this rank's rows.
+
+        Args:
+            prompts: with the row of every prompt that the rollouts answer, in any order, others beside them.
+
+        Raises:
+            RewardError: nothing can be scored as it is configured.
+            SchemaError: the batches are others, or a prompt is missing.
+        """
+        began = time.perf_counter()
+        for rollout in rollouts:
+            check_schema(rollout, ROLLOUT)
+        lengths: list[int] = list_column(rollouts, "tokens").lengths.tolist()
+        own = contiguous_split(lengths, self._context.num_ranks)[self._context.rank]
+        samples = sample_texts(rollouts, own, kept_columns(prompts), self._tokenizer)
+        scored = await score_with_retries(self._reward, samples, self._config)
+        sample_ids = own_ids(rollouts, own)
+        numbers = [math.nan if score is None else score for score in scored.scores]
+        column = make_batch(SCORES, {"sample_id": sample_ids, "score": pa.array(numbers, pa.float32())})
+        failures = self._failures(scored, rollouts, own, sample_ids)
+        info = RewardInfo(
+            num_rows=len(own),
+            num_tokens=sum(lengths[row] for row in own),
+            seconds=time.perf_counter() - began,
+            failures=failures,
+            num_failed_tries=scored.num_failed_tries,
+            num_retried=scored.num_retried,
+        )
+        return column, info
+
+    async def shutdown(self) -> None:
+        """End the processes and connections of the reward."""
+        await self._reward.close()
+
+    def _failures(
+        self, scored: Scored, rollouts: Sequence[pa.RecordBatch], own: range, sample_ids: pa.Array
+    ) -> tuple[SampleFailure, ...]:
+        prompts = pa.chunked_array([rollout.column("prompt_id") for rollout in rollouts], pa.int64())
+        failures = tuple(
+            SampleFailure(
+                sample_ids[at].as_py(),
+                prompts[own.start + at].as_py(),
+                str(failure.reason),
+                failure.detail,
+                scored.scores[at] is None,
+            )
+            for at, failure in scored.failures.items()
+        )
+        for failure in failures[:MOST_NAMED]:
+            logger.warning(
+                "%s: sample %d of prompt %d has no score (%s: %s) and is %s",
+                self._context.role,
+                failure.sample_id,
+                failure.prompt_id,
+                failure.reason,
+                failure.detail,
+                "dropped" if failure.dropped else f"given {self._config.on_failure}",
+            )
+        if len(failures) > MOST_NAMED:
+            logger.warning("%s: and %d more samples", self._context.role, len(failures) - MOST_NAMED)
+        return failures

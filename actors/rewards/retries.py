@@ -1,0 +1,62 @@
+"""Samples whose scoring failed are tried again; what is left is dropped, or given a configured score. All is counted.
+
+Invariant: every sample ends with a finite score, or with the reason why it has none and is to be dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.rewards.config import TextRewardConfig
+from actors.rewards.face import Answer, RewardFailure, RewardSample, TextReward
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers in the order of the samples, after all tries.
+
+    ``scores`` holds None where a sample is to be dropped; ``failures`` the last failure of every sample that never got
+    a score of its own, by its place. ``num_failed_tries`` counts all failures by reason, those that a later try made
+    good included; ``num_retried`` the samples tried again, once for each time.
+    """
+
+    scores: list[float | None]
+    failures: dict[int, RewardFailure]
+    num_failed_tries: dict[str, int]
+    num_retried: int
+
+
+async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample], config: TextRewardConfig) -> Scored:
+    """Score all samples, and those that failed again, ``config.num_retries`` times.
+
+    Raises:
+        RewardError: the reward cannot score anything as it is configured.
+    """
+    answers: list[Answer] = await _answers(reward, samples)
+    tries: Counter[str] = Counter()
+    num_retried = 0
+    for attempt in range(config.num_retries + 1):
+        failed = [at for at, answer in enumerate(answers) if isinstance(answer, RewardFailure)]
+        tries.update(answer.reason for answer in answers if isinstance(answer, RewardFailure))
+        if not failed or attempt == config.num_retries:
+            break
+        # Half of it at least, and not all ranks at the same time.
+        await asyncio.sleep(config.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0))
+        num_retried += len(failed)
+        again = await _answers(reward, [samples[at] for at in failed])
+        tried = dict(zip(failed, again, strict=True))
+        answers = [tried.get(at, answer) for at, answer in enumerate(answers)]
+    failures = {at: answer for at, answer in enumerate(answers) if isinstance(answer, RewardFailure)}
+    instead = None if config.on_failure == "drop" else float(config.on_failure)
+    scores = [instead if isinstance(answer, RewardFailure) else answer for answer in answers]
+    return Scored(scores, failures, dict(tries), num_retried)
+
+
+async def _answers(reward: TextReward, samples: Sequence[RewardSample]) -> list[Answer]:
+    answers = await reward.score(samples)
+    assert len(answers) == len(samples), f"{type(reward).__name__}: {len(answers)} answers for {len(samples)} samples"
+    return answers
