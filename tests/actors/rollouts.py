@@ -114,7 +114,8 @@ def prompts(lengths: Sequence[int], first_id: int = 0, seed: int = 0) -> pa.Reco
         source = torch.Generator().manual_seed(seed * 1000 + prompt_id)
         rows.append(torch.randint(2, 64, (length,), generator=source).tolist())
     ids = list(range(first_id, first_id + len(lengths)))
-    return make_batch(PROMPTS, {"prompt_id": ids, "tokens": rows, "source": ["test"] * len(ids)})
+    more = {"source": ["test"] * len(ids), "columns": ["{}"] * len(ids)}
+    return make_batch(PROMPTS, {"prompt_id": ids, "tokens": rows, **more})
 
 
 def rows(batch: pa.RecordBatch) -> dict[int, dict[str, Any]]:
