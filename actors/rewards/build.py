@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from actors.rewards.checker import CheckerReward
+from actors.rewards.code import CodeReward
 from actors.rewards.config import (
     CheckerRewardConfig,
+    CodeRewardConfig,
     FunctionRewardConfig,
     TextRewardConfig,
 )
@@ -22,11 +22,12 @@ def build_reward(config: TextRewardConfig, context: RankContext) -> TextReward:
         RewardError: it cannot score anything: a function or a column is missing, the kernel allows no sandbox.
         ModelError, RolloutError: a judge's model cannot be loaded.
     """
-    builders: dict[type[TextRewardConfig], Callable[[], TextReward]] = {}
     match config:
         case FunctionRewardConfig():
             return FunctionReward(config)
         case CheckerRewardConfig():
             return CheckerReward(config)
+        case CodeRewardConfig():
+            return CodeReward(config)
         case _:
-            raise AssertionError(f"{config} is no reward over text; it is one of {builders}")
+            raise AssertionError(f"{type(config).__name__} is no reward over text")

@@ -26,6 +26,7 @@ from actors.rewards.config import (
     RegexCheck,
 )
 from actors.rewards.face import Answer, Reason, RewardFailure
+from actors.rewards.fences import last_fenced
 from actors.rewards.mathematics import boxed, parsed, same_mathematics
 
 #: Gives whether a response passes, or why that cannot be said.
@@ -34,7 +35,6 @@ Checker = Callable[[str, Mapping[str, Any]], Answer]
 
 #: A sign counts where nothing stands before it that it could be the difference of.
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-_FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def checker_of(config: Mapping[str, Any]) -> Checker:
@@ -120,12 +120,6 @@ def length(text: str, unit: str) -> int:
     if unit == "characters":
         return len(text)
     return len(text.split()) if unit == "words" else sum(bool(line.strip()) for line in text.splitlines())
-
-
-def last_fenced(text: str) -> str | None:
-    """What stands in the last block between lines of three backticks, or none."""
-    blocks = _FENCE.findall(text if text.endswith("\n") else text + "\n")
-    return str(blocks[-1]) if blocks else None
 
 
 def _exact(check: ExactCheck, response: str, answer: object) -> Verdict:

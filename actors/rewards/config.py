@@ -195,8 +195,9 @@ class CodeRewardConfig(TextRewardConfig):
     kind: Literal["code"] = Field("code", description="The response's Python code is run in a sandbox.")
     tests_column: str = Field(
         "tests",
-        description="Column that holds what is run behind the response's code, each in a process of its own: a text "
-        "of Python, or a list of them. A test that ends without an exception has passed.",
+        description="Column that holds one test or a list of them, each run with the code in a process of its own: a "
+        "text of Python is run behind the code and passes where nothing is raised; `{input, output}` gives the code "
+        "standard input and compares what it prints.",
     )
     score: Literal["all", "share"] = Field(
         "all", description="`all`: 1 where every test passes, else 0; `share`: the share of tests that pass."
@@ -204,17 +205,16 @@ class CodeRewardConfig(TextRewardConfig):
     fenced: bool = Field(True, description="The code is the response's last fenced block; without one it scores 0.")
     timeout_s: PositiveFloat = Field(10.0, description="Wall time of one test; then it is killed, and has not passed.")
     cpu_s: PositiveInt = Field(10, description="CPU time of one test, over its threads.")
-    memory_bytes: PositiveInt = Field(512 << 20, description="Address space of each process of one test.")
-    max_file_bytes: Count = Field(1 << 20, description="Size of a file that a test may write.")
-    max_processes: Count = Field(
-        0,
-        description="Processes and threads that a test may start, with those its user has already. 0: none. Not "
-        "enforced where the role runs as root and namespaces are off.",
-    )
+    memory_bytes: PositiveInt = Field(512 << 20, description="Address space of one test.")
+    max_output_bytes: PositiveInt = Field(1 << 20, description="What a test may print, and write in all files.")
     isolation: Literal["namespaces", "limits"] = Field(
         "namespaces",
-        description="`namespaces`: also no network, by namespaces of the kernel; refused where that allows none. "
-        "`limits`: resource limits alone: the code can open sockets.",
+        description="`namespaces`: resource limits, and by namespaces of the kernel no network, no other processes, "
+        "no writing but in a folder that is gone afterwards; refused where the kernel allows none. `limits`: resource "
+        "limits alone: the code can open sockets, and write where its user can.",
+    )
+    python: str | None = Field(
+        None, description="The interpreter that runs the code, 3.10 or later, with what the code may import; none: ours."
     )
     num_workers: PositiveInt = Field(1, description="Tests under way at a time.")
 

@@ -1,0 +1,122 @@
+"""Untrusted code: what it is run for, and everything it tries that it must not get away with."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import RewardError
+from actors.rewards.code import CodeReward
+from actors.rewards.config import CodeRewardConfig
+from actors.rewards.face import Reason, RewardFailure, RewardSample
+from actors.rewards.sandbox import Sandbox
+
+
+def limits(**changes: Any) -> CodeRewardConfig:
+    return CodeRewardConfig(**({"timeout_s": 1.0, "cpu_s": 2, "memory_bytes": 256 << 20, "num_workers": 4} | changes))
+
+
+@pytest.fixture(scope="module", params=["namespaces", "limits"])
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    # Where the tests run as root, nobody may read the Python that they run on.
+    python = "/usr/bin/python3" if request.param == "limits" and os.path.exists("/usr/bin/python3") else None
+    try:
+        return Sandbox(limits(isolation=request.param, python=python))
+    except RewardError as error:
+        pytest.skip(str(error))
+
+
+def fenced(code: str, **columns: Any) -> RewardSample:
+    return RewardSample("", f"Here:\n```python\n{code}\n```", True, columns)
+
+
+async def test_code_is_scored_by_its_tests() -> None:
+    double = "def double(n):\n    return 2 * n"
+    tests = ["assert double(2) == 4", "assert double(0) == 0", "assert double(1) == 3"]
+    printing = [{"input": "3 4\n", "output": "7"}, {"input": "1 1", "output": "2\n"}]
+    adds = "a, b = map(int, input().split())\nprint(a + b)\nexit()"
+    samples = [
+        fenced(double, tests=tests[:2]),
+        fenced(double, tests=tests),
+        fenced(double, tests=tests[2]),
+        fenced(adds, tests=printing),
+        fenced("print(7)", tests=printing),
+        fenced("def double(n:", tests=tests),
+        RewardSample("", "no code", True, {"tests": "assert True"}),
+    ]
+    assert await CodeReward(limits(score="share")).score(samples) == [1.0, 2 / 3, 0.0, 1.0, 0.5, 0.0, 0.0]
+    assert await CodeReward(limits()).score(samples[:2]) == [1.0, 0.0]
+
+
+async def test_rows_without_tests_are_failures_or_end_the_run() -> None:
+    reward = CodeReward(limits())
+    for tests in ([], [3], None, [{"input": "x"}]):
+        (answer,) = await reward.score([fenced("x = 1", tests=tests)])
+        assert isinstance(answer, RewardFailure) and answer.reason is Reason.BAD_ROW
+    with pytest.raises(RewardError, match="needs the column 'tests'"):
+        await reward.score([fenced("x = 1")])
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [
+        ("while True: pass", "stopped timed_out"),
+        ("import time; time.sleep(60)", "timed_out"),
+        ("x = bytearray(1 << 30)", "stopped"),
+        ("x = []\nwhile True: x.append(bytes(1 << 20))", "stopped"),
+        ("while True: print('x' * 1000)", "too_much_output"),
+        ("import os\nwhile True: os.fork()", "stopped"),
+        ("import threading; threading.Thread(target=print).start()", "stopped"),
+        ("import os; os._exit(0)", "stopped"),
+        ("import sys; sys.exit(0)", "stopped"),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)", "stopped timed_out"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass", "stopped timed_out"),
+        ("open('big', 'wb').write(bytes(8 << 20))", "stopped"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "stopped"),
+        ("open('small', 'w').write('fine'); assert open('small').read() == 'fine'", "ended"),
+    ],
+)
+async def test_nothing_runs_on(sandbox: Sandbox, program: str, outcome: str) -> None:
+    began = time.monotonic()
+    run = await sandbox.run(program)
+    assert run.outcome in outcome.split()
+    assert time.monotonic() - began < 10
+
+
+async def test_no_secret_of_the_environment_is_seen(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    run = await sandbox.run("import os; print(os.environ.get('SECRET_TOKEN'), sorted(os.listdir('.')))")
+    assert run.output == "None []\n"
+
+
+async def test_within_namespaces_there_is_nobody_else(tmp_path: Path) -> None:
+    try:
+        sandbox = Sandbox(limits())
+    except RewardError as error:
+        pytest.skip(str(error))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reach = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert (await sandbox.run(reach)).outcome == "stopped"
+        socket.create_connection(server.getsockname(), 1).close()  # so it is the namespace that keeps it in
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2")
+    for path in (tmp_path, secret):
+        path.chmod(0o777)
+    for attempt in (
+        f"import os; os.kill({os.getpid()}, 0)",
+        "import os; os.listdir('/proc')",
+        f"open({str(secret)!r})",
+        f"open({sys.prefix + '/left-by-a-test'!r}, 'w')",
+        "open('/left-by-a-test', 'w')",
+        "import os; os.setuid(0)",
+        "import os; os.chroot('.')",
+    ):
+        assert (await sandbox.run(attempt)).outcome == "stopped", attempt
+    seen = await sandbox.run("import os; print(os.getpid(), os.getcwd(), 'home' in os.listdir('/'))")
+    assert seen.output == "1 /box False\n"
