@@ -14,6 +14,8 @@ from cluster.config import FrozenConfig, PlacementConfig, PositiveFloat, Positiv
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+#: The largest rank of an adapter that vLLM takes.
+MAX_ADAPTER_RANK = 512
 
 
 class ModelConfig(FrozenConfig):
@@ -246,6 +248,12 @@ class RolloutConfig(PlacementConfig):
         "auto",
         description="How weights reach the engines: `shared_memory` on CPU, `nccl` between GPUs, `ipc` where policy "
         "and engine share a GPU; `auto` chooses.",
+    )
+    lora: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="What engines run of a policy with an adapter: `merged`, its weights with the adapter in them, all "
+        "of which travel at each publication; or `adapter`, its frozen weights, sent once, and by vLLM's own LoRA the "
+        "adapter, which alone travels then, through shared memory. Sampling is slower with it.",
     )
 
     @field_validator("tensor_parallel_size")

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -28,6 +29,7 @@ from actors.errors import RoleError, TrainingDiverged
 from actors.models import PackedModel, enable_gradient_checkpointing, save_model
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
+from actors.weights import WeightPart
 from actors.zero_settings import forward_settings, training_settings
 from cluster.context import RankContext
 
@@ -146,14 +148,17 @@ class TrainEngine:
         """Each value summed over all ranks. Collective; every rank gives the same names in the same order."""
         return self._over_ranks({name: torch.tensor(value, device=self._device) for name, value in values.items()})
 
-    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """All weights under their Hugging Face names, some at a time, each list about ``bucket_bytes`` in all.
+    def weights(
+        self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """All weights of some parts of the model, by name, a list of about ``bucket_bytes`` at a time.
 
-        Adapters come merged into the weights beside them. Collective with sharded weights: every rank goes through all
-        of them. The tensors of a list may be the model's own, and with sharded weights exist only until the next list
-        is asked for: copy what is to be kept.
+        Without ``parts`` all of it under Hugging Face's names, adapters merged into the weights beside them.
+        Collective with sharded weights: every rank goes through all of them. The tensors of a list may be the model's
+        own, and with sharded weights exist only until the next list is asked for: copy what is to be kept.
         """
-        for sources in _buckets(weight_sources(self._model, self._adapters), bucket_bytes):
+        wanted = chain.from_iterable(weight_sources(self._model, self._adapters, part) for part in parts)
+        for sources in _buckets(wanted, bucket_bytes):
             with self._gathered([parameter for source in sources for parameter in source.parameters]):
                 yield [(source.name, source.value()) for source in sources]
 

@@ -27,7 +27,7 @@ from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta
 from actors.weight_sender import WeightSender, layout_of
-from actors.weights import WeightBucket, WeightManifest
+from actors.weights import WeightBucket, WeightManifest, WeightPart
 from algorithms.config import OnlineConfig
 from algorithms.logprobs import entropy, token_logprobs
 from algorithms.losses import clipped_policy_loss
@@ -134,17 +134,19 @@ class PolicyActor:
         metrics = {name: value for name, value in report.metrics.items() if name not in (_DEVIATION, _GAP)}
         return TrainReport(metrics | first, report.num_tokens, report.seconds)
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """The weights for the rollout engines, bucket by bucket, under their Hugging Face names.
+    def weight_buckets(
+        self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
+    ) -> Iterator[WeightBucket]:
+        """The weights for the rollout engines, bucket by bucket, by Hugging Face's names; an adapter's by PEFT's.
 
         Called on the first rank. Where weights are sharded (stage 3) it is collective: the other ranks take part by
         ``join_gather``, at the same time.
         """
-        return self._sender.buckets(bucket_bytes)
+        return self._sender.buckets(bucket_bytes, parts)
 
-    def join_gather(self, bucket_bytes: int) -> None:
+    def join_gather(self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)) -> None:
         """Take part in the first rank's ``weight_buckets``; without sharded weights there is nothing to do."""
-        self._sender.join_gather(bucket_bytes)
+        self._sender.join_gather(bucket_bytes, parts)
 
     def weight_manifest(self, version: int) -> WeightManifest:
         """What was last sent makes up together, as ``version``."""

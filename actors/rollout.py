@@ -24,7 +24,7 @@ import pyarrow as pa
 from actors.config import ModelConfig, RolloutConfig
 from actors.errors import EngineDead, RolloutError
 from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, WeightMeta, broadcast_info, shared_info
-from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightsRefused
+from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightPart, WeightsRefused
 from cluster.context import RankContext
 from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
 
@@ -66,8 +66,17 @@ def transfer_environment(transfer: Transfer) -> dict[str, str]:
 class RolloutActor:
     """One engine. Its methods are coroutines: many slices are under way at a time."""
 
-    def __init__(self, context: RankContext, config: RolloutConfig, model: ModelConfig, seed: int) -> None:
+    def __init__(
+        self,
+        context: RankContext,
+        config: RolloutConfig,
+        model: ModelConfig,
+        seed: int,
+        adapter_rank: int | None = None,
+    ) -> None:
         """Start the engine, which loads ``model`` and waits for weights.
+
+        With ``adapter_rank`` they are those of the frozen base, once, and the policy's adapter of that rank.
 
         Raises:
             RolloutError: the engine cannot start, or weights cannot reach it as configured.
@@ -90,10 +99,13 @@ class RolloutActor:
         self._seed = seed
         self._sampling_params = engine.sampling_params
         self._bucket_info = worker.shared_memory_update
-        args = engine.engine_args(config, model, self._transfer, on_gpu=on_gpu, seed=seed)
+        args = engine.engine_args(
+            config, model, self._transfer, on_gpu=on_gpu, seed=seed, adapter_rank=adapter_rank
+        )
         self._engine = engine.Engine(args)
         self._segment = SharedSegment(f"{context.role}-{context.rank}")
         self._tally = Tally()
+        self._parts: tuple[WeightPart, ...] = ("merged",) if adapter_rank is None else ("base", "adapter")
         self._version: int | None = None
         self._num_calls = 0
 
@@ -137,7 +149,7 @@ class RolloutActor:
 
     async def endpoint(self) -> Endpoint:
         """How this engine takes weights."""
-        return Endpoint(self._transfer, self._config.tensor_parallel_size, self._engine.is_open)
+        return Endpoint(self._transfer, self._config.tensor_parallel_size, self._engine.is_open, self._parts)
 
     async def join(self, meeting: Meeting) -> None:
         """Connect with the policy over NCCL, while it connects."""
@@ -193,6 +205,8 @@ class RolloutActor:
             raise WeightsRefused(why)
         await self._engine.finish_update(manifest.version)
         self._version = manifest.version
+        if "base" in self._parts:
+            self._parts = ("adapter",)
 
     async def shutdown(self) -> None:
         """End the engine's processes and give their memory back; an actor that is killed leaves nothing either."""

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from transformers.pytorch_utils import Conv1D
 from actors.config import LoRAConfig, TrainedRoleConfig
 from actors.errors import ModelError
 from actors.models import PREFIX, PackedModel, TokenScorer
+from actors.weights import ADAPTER_PREFIX, WeightPart
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
-#: What PEFT puts before the names of the Hugging Face model in an adapter's file.
-_PEFT_PREFIX = "base_model.model."
 _BASE = "base_layer."
 #: Weights that share one scale in 4 bits.
 _BLOCK = 64
@@ -87,7 +87,7 @@ class Adapters:
             if parameter.requires_grad:
                 name = name.replace(f".{_ADAPTER}", "")
                 name = name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
-                found[_PEFT_PREFIX + name] = parameter
+                found[ADAPTER_PREFIX + name] = parameter
         return found
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> None:
@@ -100,15 +100,27 @@ class Adapters:
         config.save_pretrained(str(folder))
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
 
-    def source(self, name: str, parameter: nn.Parameter) -> WeightSource | None:
-        """Of a parameter by its name in the network; none for one that is part of an adapter."""
+    def apart(self) -> Iterator[WeightSource]:
+        """A and B of every layer by PEFT's names, as vLLM's LoRA takes them; B with the scale multiplied in."""
+        for name, layer in self._layers.items():
+            for part, scale in (("lora_A", 1.0), ("lora_B", self._lora.scale)):
+                parameter = getattr(layer, part)[_ADAPTER].weight
+                num_bytes = _shape(parameter).numel() * parameter.dtype.itemsize
+                value = partial(_scaled, parameter, scale)
+                yield WeightSource(f"{ADAPTER_PREFIX}{name}.{part}.weight", num_bytes, (parameter,), value)
+
+    def source(self, name: str, parameter: nn.Parameter, *, merge: bool = True) -> WeightSource | None:
+        """Of a parameter by its name in the network; none for one that is part of an adapter.
+
+        With ``merge`` the adapter is merged into the weight that it stands beside.
+        """
         owner, rest = _split(name, self._layers)
         if owner is None:
             return _plain(name, parameter)
         if not rest.startswith(_BASE):
             return None
         rest = rest.removeprefix(_BASE)
-        if rest != "weight":
+        if rest != "weight" or not merge:
             return _plain(f"{owner}.{rest}", parameter)
         layer = self._layers[owner]
         adapter = [layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
@@ -216,11 +228,16 @@ def require_tunable(model: PackedModel, config: TrainedRoleConfig, device_type: 
     return names
 
 
-def weight_sources(model: PackedModel, adapters: Adapters | None) -> Iterator[WeightSource]:
-    """All weights under their Hugging Face names, adapters merged; tied ones once."""
+def weight_sources(
+    model: PackedModel, adapters: Adapters | None, part: WeightPart = "merged"
+) -> Iterator[WeightSource]:
+    """The weights of a part of the model under their Hugging Face names, tied ones once; an adapter's by PEFT's."""
+    if part == "adapter":
+        yield from adapters.apart() if adapters is not None else ()
+        return
     for name, parameter in model.named_parameters():
-        name = name.removeprefix(PREFIX)
-        source = _plain(name, parameter) if adapters is None else adapters.source(name, parameter)
+        name, merge = name.removeprefix(PREFIX), part == "merged"
+        source = _plain(name, parameter) if adapters is None else adapters.source(name, parameter, merge=merge)
         if source is not None:
             yield source
 
@@ -229,6 +246,10 @@ def _plain(name: str, parameter: nn.Parameter) -> WeightSource:
     """A weight that no adapter changes."""
     num_bytes = _shape(parameter).numel() * _dtype(parameter).itemsize
     return WeightSource(name, num_bytes, (parameter,), lambda: _dense(parameter))
+
+
+def _scaled(parameter: nn.Parameter, scale: float) -> Tensor:
+    return parameter.detach() if scale == 1 else parameter.detach() * scale
 
 
 def _split(name: str, layers: dict[str, Any]) -> tuple[str | None, str]:

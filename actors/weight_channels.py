@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from actors.weights import WeightsRefused, dtype_name
+from actors.weights import WeightPart, WeightsRefused, dtype_name
 
 Transfer: TypeAlias = Literal["shared_memory", "nccl", "ipc"]
 
@@ -39,11 +39,13 @@ class WeightMeta:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What one engine says of itself: how it takes weights, over how many workers, and whether it is connected."""
+    """What one engine says of itself: how it takes weights, over how many workers, whether it is connected, and what
+    it wants of the policy next."""
 
     transfer: Transfer
     num_workers: int
     is_open: bool
+    parts: tuple[WeightPart, ...] = ("merged",)
 
 
 @dataclass(frozen=True)

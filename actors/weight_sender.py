@@ -18,7 +18,7 @@ from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
 from actors.models import PREFIX
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta, handle_of, pack
-from actors.weights import Tally, WeightBucket, WeightManifest, dtype_name
+from actors.weights import Tally, WeightBucket, WeightManifest, WeightPart, dtype_name
 from cluster.context import RankContext
 
 if TYPE_CHECKING:
@@ -52,18 +52,18 @@ class WeightSender:
         """What was last sent, as ``version``."""
         return self._tally.manifest(version)
 
-    def buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """All weights in buckets, copied out of the model. With sharded weights collective: see ``join_gather``."""
+    def buckets(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> Iterator[WeightBucket]:
+        """Those parts in buckets, copied out of the model. With sharded weights collective: see ``join_gather``."""
         self._tally = Tally()
-        for parameters in self._engine.weights(bucket_bytes):
+        for parameters in self._engine.weights(bucket_bytes, parts):
             bucket = WeightBucket.of(parameters)
             self._tally.add(bucket)
             yield bucket
 
-    def join_gather(self, bucket_bytes: int) -> None:
+    def join_gather(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> None:
         """Take part in the first rank's ``buckets``; without sharded weights there is nothing to do."""
         if self._sharded:
-            for _ in self._engine.weights(bucket_bytes):
+            for _ in self._engine.weights(bucket_bytes, parts):
                 pass
 
     def layout(self) -> list[WeightMeta]:

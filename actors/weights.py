@@ -18,7 +18,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,10 @@ from actors.errors import RoleError
 Bytes = npt.NDArray[np.uint8]
 #: Every parameter starts at a multiple of this, so that its bytes can be viewed as any dtype.
 ALIGNMENT = 64
+#: What the names of an adapter's weights begin with, as in PEFT's files; no weight of a model is named so.
+ADAPTER_PREFIX = "base_model.model."
+#: What of a model travels: all weights with adapters merged into them, those beside the adapters, or the adapters.
+WeightPart = Literal["merged", "base", "adapter"]
 
 
 class WeightsRefused(RoleError):

@@ -2,7 +2,8 @@
 
 Invariants:
 
-- Every engine gets all weights, in the order they were sent, and generation stands still meanwhile.
+- Every engine gets all weights, in the order they were sent, and generation stands still meanwhile. Engines that run
+  with the policy's adapter get its frozen weights once, and then the adapter alone.
 - This process handles references, digests, sizes, and handles to GPU memory; weights go from the policy's node to the
   engines' and pass this process's node by.
 - Engines go on only when each has agreed with the policy's manifest of the whole.
@@ -19,6 +20,7 @@ from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.weight_channels import Endpoint, Meeting, Transfer
 from actors.weight_sender import shared_parts
+from actors.weights import WeightPart
 from cluster.config import ClusterConfig
 from cluster.group import RoleGroup
 from launch.rules import runs_on_gpu
@@ -29,11 +31,18 @@ def weight_transfer(policy: PolicyConfig, rollout: RolloutConfig, cluster: Clust
     """The way of the weights: as configured, or the one that fits where both roles run."""
     if rollout.weight_transfer != "auto":
         return rollout.weight_transfer
+    if rollout.lora == "adapter":
+        return "shared_memory"
     if not (runs_on_gpu(policy, cluster) and runs_on_gpu(rollout, cluster)):
         return "shared_memory"
     # NCCL cannot connect two processes on one GPU.
     one_gpu = policy.colocate is not None and policy.colocate == rollout.colocate and policy.gpus_per_rank < 1
     return "ipc" if one_gpu else "nccl"
+
+
+def adapter_rank(policy: PolicyConfig, rollout: RolloutConfig) -> int | None:
+    """Rank of the adapter that engines run with; none where they get merged weights."""
+    return policy.tuning.lora.rank if rollout.lora == "adapter" else None
 
 
 async def publish_weights(
@@ -47,7 +56,8 @@ async def publish_weights(
     endpoints = await rollout.call(RolloutActor.endpoint)
     match endpoints[0].transfer:
         case "shared_memory":
-            await _send_buckets(policy, rollout, bucket_bytes)
+            parts = max((endpoint.parts for endpoint in endpoints), key=len)  # all that any of them lacks
+            await _send_buckets(policy, rollout, bucket_bytes, parts)
         case "nccl":
             await _broadcast(policy, rollout, endpoints, bucket_bytes)
         case "ipc":
@@ -58,14 +68,17 @@ async def publish_weights(
 
 
 async def _send_buckets(
-    policy: RoleGroup[PolicyActor], rollout: RoleGroup[RolloutActor], bucket_bytes: int
+    policy: RoleGroup[PolicyActor],
+    rollout: RoleGroup[RolloutActor],
+    bucket_bytes: int,
+    parts: tuple[WeightPart, ...],
 ) -> None:
     """Through the object store, a bucket at a time."""
     await rollout.call(RolloutActor.begin_update)
     async with task_group() as sending:  # the first failure of any rank ends the wait for the others
         for rank in range(1, policy.num_ranks):
-            sending.create_task(policy.call_one(rank, PolicyActor.join_gather, bucket_bytes))
-        async for bucket in policy.stream(0, PolicyActor.weight_buckets, bucket_bytes):
+            sending.create_task(policy.call_one(rank, PolicyActor.join_gather, bucket_bytes, parts))
+        async for bucket in policy.stream(0, PolicyActor.weight_buckets, bucket_bytes, parts):
             await rollout.call(RolloutActor.receive, bucket)
 
 

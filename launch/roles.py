@@ -24,7 +24,7 @@ from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
 from launch.config import BaseRunConfig, LearnerRunConfig, OnlineRunConfig, SupervisedRunConfig
 from launch.paths import resolve_data, resolve_model
-from launch.publish import weight_transfer
+from launch.publish import adapter_rank, weight_transfer
 from launch.rules import runs_on_gpu
 from launch.tasks import task_group
 
@@ -95,7 +95,8 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
             referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
             rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
-            rolled_out = starting.create_task(start(RolloutActor, "rollout", (rollout, policy.model, seed)))
+            engine_args = (rollout, policy.model, seed, adapter_rank(policy, rollout))
+            rolled_out = starting.create_task(start(RolloutActor, "rollout", engine_args))
             credited = starting.create_task(start(CreditActor, "credit", (algorithm,)))
         yield OnlineRoles(
             source.result(),

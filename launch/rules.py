@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from actors.config import ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
+from actors.config import MAX_ADAPTER_RANK, ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
 from algorithms.config import LearningConfig, OnlineConfig, SupervisedConfig
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
@@ -204,8 +204,27 @@ def weights_can_travel(cluster: ClusterConfig, policy: PolicyConfig, rollout: Ro
         yield Problem(where, "ipc needs policy and engine on the same GPU", "nccl, or one `colocate` for both")
     elif way == "nccl" and shared and policy.gpus_per_rank < 1:
         yield Problem(where, "nccl cannot connect two processes on one GPU, and policy and rollout share theirs", "ipc")
-    elif way == "shared_memory" and on_gpu[1]:
+    elif way == "shared_memory" and on_gpu[1] and rollout.lora == "merged":
         yield Problem(where, "shared_memory is for engines on CPU", "auto, nccl or ipc")
+
+
+def adapter_can_travel(policy: PolicyConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    """Engines can run with the policy's adapter as it is."""
+    where, lora = "rollout.lora", policy.tuning.lora
+    if rollout.lora == "merged":
+        return
+    if not policy.tuning.has_adapter:
+        yield Problem(where, "adapter, but policy.tuning.method is full: there is none", "merged")
+    elif lora.use_dora:
+        yield Problem(where, "adapter, but vLLM's LoRA has no DoRA", "merged, or leave policy.tuning.lora.use_dora off")
+    elif lora.rank > MAX_ADAPTER_RANK:
+        yield Problem(
+            where, f"adapter, but its rank is {lora.rank} and vLLM takes at most {MAX_ADAPTER_RANK}", "merged"
+        )
+    if rollout.weight_transfer in ("nccl", "ipc"):
+        yield Problem(
+            "rollout.weight_transfer", f"{rollout.weight_transfer}, but adapters travel through shared memory", "auto"
+        )
 
 
 def colocation(
@@ -268,6 +287,7 @@ ONLINE_RULES: tuple[Rule, ...] = (
     roles_suit_devices,
     engines_suit_devices,
     weights_can_travel,
+    adapter_can_travel,
     colocation,
 )
 SUPERVISED_RULES: tuple[Rule, ...] = (examples_fit, evaluation_has_data, learner_suits_device)

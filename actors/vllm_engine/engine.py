@@ -22,13 +22,14 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from actors.config import ModelConfig, RolloutConfig, SamplingConfig
+from actors.config import MAX_ADAPTER_RANK, ModelConfig, RolloutConfig, SamplingConfig
 from actors.errors import EngineDead, RolloutError
-from actors.vllm_engine.worker import SHARED_MEMORY_BACKEND, WorkerExtension
+from actors.vllm_engine.worker import ADAPTER_ID, SHARED_MEMORY_BACKEND, WorkerExtension
 from actors.weight_channels import Transfer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 256 << 20
 #: How often a step of an update that is under way asks whether the engine's process still lives.
 _DEATH_POLL_S = 0.5
+#: Ranks that vLLM makes room for.
+_LORA_ROOMS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_ADAPTER_RANK)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Engine:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:
             raise RolloutError(_why_not_started(args, error)) from error
+        # The worker has the adapter before it is asked for, so nothing is read from its path.
+        self._adapter = LoRARequest("policy", ADAPTER_ID, "sent by the policy") if args.enable_lora else None
         self._dead: str | None = None
         self._answering: set[asyncio.Task[Any]] = set()
         self.is_open = False
@@ -83,7 +88,8 @@ class Engine:
         self._answering.add(task)
         final = None
         try:
-            async for output in self._llm.generate({"prompt_token_ids": prompt}, params, request_id):
+            inputs = {"prompt_token_ids": prompt}
+            async for output in self._llm.generate(inputs, params, request_id, lora_request=self._adapter):
                 final = output
         except EngineDeadError as error:
             self._dead = self._dead or f"its process died: {error}"
@@ -125,6 +131,8 @@ class Engine:
     async def finish_update(self, version: int) -> None:
         """Put the new weights to use as ``version`` and go on generating."""
         await self._guarded(lambda: self._llm.finish_weight_update(str(version)))
+        if self._adapter is not None:
+            await self._guarded(lambda: self._llm.collective_rpc("use_adapter"))
         await self._guarded(self._llm.resume_generation)
 
     def fail_update(self, why: str) -> None:
@@ -167,9 +175,15 @@ class Engine:
 
 
 def engine_args(
-    config: RolloutConfig, model: ModelConfig, transfer: Transfer, *, on_gpu: bool, seed: int
+    config: RolloutConfig,
+    model: ModelConfig,
+    transfer: Transfer,
+    *,
+    on_gpu: bool,
+    seed: int,
+    adapter_rank: int | None = None,
 ) -> AsyncEngineArgs:
-    """What vLLM is started with."""
+    """What vLLM is started with; ``adapter_rank`` where it runs with the policy's adapter instead of merged weights."""
     shared: dict[str, Any] = {
         "model": model.path,
         "tokenizer": model.tokenizer_path,
@@ -188,6 +202,9 @@ def engine_args(
             backend=SHARED_MEMORY_BACKEND if transfer == "shared_memory" else transfer
         ),
     }
+    if adapter_rank is not None:
+        room = next(room for room in _LORA_ROOMS if room >= adapter_rank)
+        shared |= {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
     if on_gpu:
         return AsyncEngineArgs(
             **shared,

@@ -1,5 +1,9 @@
 """What runs in the worker's process of an engine: the receiving end of the wire on CPU, and two defects mended.
 
+An adapter arrives over the same wire as the weights, under PEFT's names, and is put into vLLM's own LoRA layers from
+memory. It has one id for good, under which it is put in anew at each update, so that requests under way go on with the
+new one as they do with new weights.
+
 vLLM imports this module before it builds the worker, because ``WorkerExtension`` is named in its arguments. The mends
 stand on private names of vLLM 0.32; where a later vLLM lacks them the engine does not start, and says which.
 """
@@ -7,6 +11,8 @@ stand on private names of vLLM 0.32; where a later vLLM lacks them the engine do
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +26,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from actors.weights import WeightBucket, WeightEntry, WeightsRefused, digest_of, map_segment, unpack
+from actors.weights import ADAPTER_PREFIX, WeightBucket, WeightEntry, WeightsRefused, digest_of, map_segment, unpack
 
 #: What ``rollout.weight_transfer`` is called among vLLM's engines.
 SHARED_MEMORY_BACKEND = "troupe_shared_memory"
+#: What the policy's adapter is called among vLLM's, of which it is the only one.
+ADAPTER_ID = 1
 
 
 @dataclass
@@ -63,17 +71,25 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         super().__init__(*args, **kwargs)
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
+        self._reloading = False
+        self._adapter: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         """Nothing to agree on."""
 
     def start_weight_update(self) -> None:
+        """Make ready for new weights, for a new adapter, or for both."""
+        self._expected, self._loaded, self._adapter = set(), set(), {}
+        self._reloading = False
+
+    def _begin_reload(self) -> None:
         """Make room for new weights; from here until ``finish_weight_update`` the model cannot run."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        self._loaded = set()
-        initialize_layerwise_reload(self.model)
+        with _adapted_layers_bare(self.model):
+            self._expected = {name for name, _ in self.model.named_parameters()}
+            initialize_layerwise_reload(self.model)
+        self._reloading = True
 
     @torch.no_grad()
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
@@ -87,23 +103,75 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         if digest != update_info.digest:
             raise WeightsRefused(f"a bucket of weights has digest {digest}, it was sent with {update_info.digest}")
         entries = [WeightEntry(name, dtype, tuple(shape), *place) for name, dtype, shape, *place in update_info.entries]
-        self._loaded |= set(self.model.load_weights(unpack(payload, entries)) or ())
+        weights = []
+        for name, tensor in unpack(payload, entries):
+            if name.startswith(ADAPTER_PREFIX):
+                self._adapter[name] = tensor
+            else:
+                weights.append((name, tensor))
+        if weights:
+            if not self._reloading:
+                self._begin_reload()
+            with _adapted_layers_bare(self.model):
+                self._loaded |= set(self.model.load_weights(weights) or ())
 
     @torch.no_grad()
     def finish_weight_update(self) -> None:
         """Put the new weights to use.
 
         Raises:
-            WeightsRefused: some of the model's parameters did not come.
+            WeightsRefused: some of the model's parameters did not come, or nothing did.
         """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        if not self._reloading:
+            if not self._adapter:
+                raise WeightsRefused("an update brought neither weights nor an adapter")
+            return
         if missing := sorted(self._expected - self._loaded):
             raise WeightsRefused(f"{len(missing)} of the model's parameters did not come, {missing[0]} among them")
         if partial := self._partly_loaded():
             raise WeightsRefused(f"{len(partial)} of the model's layers came in part only, {partial[0]} among them")
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._rebuild_tied_head()
+        with _adapted_layers_bare(self.model):
+            finalize_layerwise_reload(self.model, self.model_config)
+            self._rebuild_tied_head()
+        self._reloading = False
+
+    def use_adapter(self) -> None:
+        """Put the adapter that came into vLLM's LoRA layers, in place of the one before.
+
+        Apart from ``finish_weight_update``, after which vLLM takes every adapter out.
+
+        Raises:
+            WeightsRefused: none came, or it is for layers that vLLM cannot adapt.
+        """
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        if not self._adapter:
+            raise WeightsRefused("the engine runs with an adapter, and none came")
+        rank = next(len(tensor) for name, tensor in self._adapter.items() if ".lora_A." in name)
+        manager, mapper = self.model.lora_manager, getattr(self.model, "hf_to_vllm_mapper", None)
+        # B comes with the scale in it, so alpha is the rank.
+        adapter = LoRAModel.from_lora_tensors(
+            ADAPTER_ID,
+            self._adapter,
+            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+        )
+        # Any other name vLLM would leave out without a word.
+        known = set(manager.modules).union(*manager.packed_modules.values())
+        if unknown := sorted(set(adapter.loras) - known):
+            raise WeightsRefused(
+                f"vLLM cannot adapt {len(unknown)} of the layers, {unknown[0]} among them: set rollout.lora to merged, "
+                "or leave them out of tuning.lora.targets"
+            )
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapter)
+        manager.activate_adapter(ADAPTER_ID)
+        self._adapter = {}
 
     def _partly_loaded(self) -> list[str]:
         """Layers of which some elements came and others did not.
@@ -146,6 +214,35 @@ class WorkerExtension:
 
     That import registers the engine above and mends the sampler: the worker builds both before it can be called.
     """
+
+    weight_transfer_engine: Any
+
+    def use_adapter(self) -> None:
+        """See ``SharedMemoryEngine.use_adapter``."""
+        self.weight_transfer_engine.use_adapter()
+
+
+@contextmanager
+def _adapted_layers_bare(model: Any) -> Iterator[None]:
+    """Inside, no layer of ``model`` is wrapped in one of vLLM's LoRA layers, so that all have their usual names."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = [
+        (name, layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, BaseLayerWithLoRA)
+    ]
+    _replace(model, ((name, layer.base_layer) for name, layer in wrapped))
+    try:
+        yield
+    finally:
+        _replace(model, wrapped)
+
+
+def _replace(model: Any, layers: Iterable[tuple[str, Any]]) -> None:
+    for name, layer in layers:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
 
 
 def _keep_generators(runner: Any) -> None:

@@ -33,12 +33,14 @@ def config(sampling: Mapping[str, Any] | None = None, **changes: Any) -> Rollout
     return RolloutConfig(**({"sampling": drawn, "kv_cache_bytes": 32 << 20} | changes))
 
 
-def actor(folder: Path, settings: RolloutConfig | None = None, seed: int = 5) -> RolloutActor:
+def actor(
+    folder: Path, settings: RolloutConfig | None = None, seed: int = 5, adapter_rank: int | None = None
+) -> RolloutActor:
     """An engine that has no weights yet. Called in a running loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = ModelConfig(path=str(folder), dtype="float32")
-        return RolloutActor(context(role="rollout"), settings or config(), model, seed)
+        return RolloutActor(context(role="rollout"), settings or config(), model, seed, adapter_rank)
 
 
 def write_model(folder: Path, tied: bool, seed: int = 0) -> Path:

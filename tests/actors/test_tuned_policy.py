@@ -1,7 +1,9 @@
-"""A policy that is tuned by LoRA, and the engines that sample from it: real vLLM, merged weights."""
+"""A policy that is tuned by LoRA, and the engines that sample from it: real vLLM, merged weights and adapters."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import pytest
 import torch
 import transformers
 
+from actors.errors import EngineDead
+from actors.rollout import RolloutActor
+from actors.weights import WeightBucket, WeightManifest
 from tests.actors import role_programs, rollouts, tiny_models
 from tests.actors import tuning_programs as programs
 from tests.actors.experience_batches import rollout
@@ -70,6 +75,87 @@ async def test_engines_sample_from_the_tuned_policy(folder: Path, one_rank: Rank
             assert worst(base, drawn) > 10 * TOLERANCE
     finally:
         await engine.shutdown()
+
+
+async def give(engine: RolloutActor, sent: tuple[list[WeightBucket], WeightManifest]) -> int:
+    """One update; returns its bytes."""
+    buckets, manifest = sent
+    await engine.begin_update()
+    for bucket in buckets:
+        await engine.receive(bucket)
+    await engine.finish_update(manifest)
+    return manifest.num_bytes
+
+
+async def test_engines_run_the_adapter_itself(folder: Path, one_rank: Ranks, two_ranks: Ranks) -> None:
+    """The frozen weights come once, or when they change; then the adapter alone, and is never a stale one.
+
+    Each time the engine samples from the trained policy, and from no other.
+    """
+    engine = rollouts.actor(folder, rollouts.config({"max_response_tokens": 96}), adapter_rank=4)
+    policies = [
+        ("lora", 3, {"lora": {"use_rslora": True}}),
+        ("lora", 1, {"lora": {"use_rslora": True}}),
+        ("qlora", 2, {"lora": {"targets": ["q_proj", "v_proj", "down_proj"]}}),
+    ]
+    sizes = []
+    try:
+        for version, (method, stage, changes) in enumerate(policies):
+            parts = (await engine.endpoint()).parts
+            assert parts == (("base", "adapter") if version == 0 else ("adapter",))
+            parts = ("base", "adapter") if method == "qlora" else parts
+            arguments = (folder, stage, method, changes, version)
+            sizes.append(await give(engine, two_ranks.run(programs.publish_apart, *arguments, parts, version)[0]))
+            sampled, _ = await engine.generate(rollouts.prompts([3, 20, 9], first_id=10 * version), [0, 1, 2])
+            drawn = sampled.column("rollout_logprobs").to_pylist()
+            for num_steps, right in ((version, True), (0, False))[: 2 if version else 1]:
+                (own,) = one_rank.run(programs.logprobs_after, folder, 1, method, changes, num_steps, [sampled])
+                assert (worst(own, drawn) < TOLERANCE) == right
+        assert sizes[1] < sizes[0] / 4
+        await _requests_under_way_go_on(engine, folder, one_rank)
+        await _an_adapter_of_unknown_layers_is_refused(engine, folder, one_rank)
+    finally:
+        await engine.shutdown()
+
+
+async def _requests_under_way_go_on(engine: RolloutActor, folder: Path, one_rank: Ranks) -> None:
+    """Each token's log-prob is that of the adapter that drew it."""
+    both = [
+        one_rank.run(programs.publish_apart, folder, 1, "lora", {}, version, parts, version)[0]
+        for version, parts in enumerate([("base", "adapter"), ("adapter",)])
+    ]
+    await give(engine, both[0])
+    under_way = asyncio.create_task(engine.generate(rollouts.prompts([3, 20, 9]), [0, 1, 2]))
+    await asyncio.sleep(0.1)
+    await give(engine, both[1])
+    sampled, info = await under_way
+    assert (info.oldest_version, info.newest_version) == (0, 1)
+    drawn, versions = (sampled.column(name).to_pylist() for name in ("rollout_logprobs", "policy_versions"))
+    for version in (0, 1):
+        (own,) = one_rank.run(programs.logprobs_after, folder, 1, "lora", {}, version, [sampled])
+        gaps = [
+            abs(a - b)
+            for row in zip(own, drawn, versions, strict=True)
+            for a, b, drawer in zip(*row, strict=True)
+            if drawer == version
+        ]
+        assert gaps and max(gaps) < TOLERANCE
+
+
+async def _an_adapter_of_unknown_layers_is_refused(engine: RolloutActor, folder: Path, one_rank: Ranks) -> None:
+    """vLLM itself would leave them out without a word."""
+    buckets, manifest = one_rank.run(programs.publish_apart, folder, 1, "lora", {}, 0, ("adapter",), 2)[0]
+    renamed = [
+        dataclasses.replace(
+            bucket,
+            entries=tuple(
+                dataclasses.replace(entry, name=entry.name.replace("q_proj", "no_proj")) for entry in bucket.entries
+            ),
+        )
+        for bucket in buckets
+    ]
+    with pytest.raises(EngineDead, match=r"vLLM cannot adapt 2 of the layers, model\.layers\.0\.self_attn\.no_proj"):
+        await give(engine, (renamed, manifest))
 
 
 def test_the_base_scores_as_a_reference_role_does(folder: Path, one_rank: Ranks, two_ranks: Ranks) -> None:

@@ -22,7 +22,7 @@ from actors.config import (
 from actors.deepspeed_engine import TrainEngine
 from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer
 from actors.policy import PolicyActor
-from actors.weights import WeightBucket, WeightManifest
+from actors.weights import WeightBucket, WeightManifest, WeightPart
 from actors.zero_settings import training_settings
 from algorithms.config import OnlineConfig
 from cluster.context import RankContext
@@ -165,14 +165,49 @@ def adapter_of_full(own: RankContext, folder: Path, target: Path) -> None:
 
 
 def policy(
-    own: RankContext, folder: Path, stage: int, method: str, temperature: float = 1.0
+    own: RankContext, folder: Path, stage: int, method: str, temperature: float = 1.0, **changes: Any
 ) -> PolicyActor:
     """A policy after three updates, the same each time."""
-    settings = config(folder, stage, method, max_tokens_per_pack=128)
+    settings = config(folder, stage, method, max_tokens_per_pack=128, **changes)
     sampling = SamplingConfig(max_response_tokens=24, temperature=temperature)
     actor = PolicyActor(own, PolicyConfig(**dict(settings)), OnlineConfig(), sampling, 3, 4)
     learn(actor._engine, own, range(3))
     return actor
+
+
+def publish_apart(
+    own: RankContext,
+    folder: Path,
+    stage: int,
+    method: str,
+    changes: dict[str, Any],
+    num_steps: int,
+    parts: tuple[WeightPart, ...],
+    version: int,
+) -> tuple[list[WeightBucket], WeightManifest]:
+    """What the first rank sends of a policy that has learnt ``num_steps`` more."""
+    actor = policy(own, folder, stage, method, **changes)
+    learn(actor._engine, own, range(3, 3 + num_steps))
+    if own.rank > 0:
+        actor.join_gather(20_000, parts)
+        return [], actor.weight_manifest(version)
+    return list(actor.weight_buckets(20_000, parts)), actor.weight_manifest(version)
+
+
+def logprobs_after(
+    own: RankContext,
+    folder: Path,
+    stage: int,
+    method: str,
+    changes: dict[str, Any],
+    num_steps: int,
+    rollouts: list[pa.RecordBatch],
+) -> list[list[float]]:
+    """Of this rank's rows, under a policy that has learnt ``num_steps`` more."""
+    actor = policy(own, folder, stage, method, **changes)
+    learn(actor._engine, own, range(3, 3 + num_steps))
+    logprobs: list[list[float]] = actor.score(rollouts)[0].column(1).to_pylist()
+    return logprobs
 
 
 def publish(own: RankContext, folder: Path, stage: int, method: str) -> tuple[list[WeightBucket], WeightManifest]:

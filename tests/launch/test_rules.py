@@ -151,3 +151,18 @@ def test_a_group_does_not_take_a_role_in_by_its_name() -> None:
     assert refused("ppo", *both, "critic.colocate=critic") == []
     [(where, what)] = refused("ppo", *(change.replace("=critic", "=source") for change in both))
     assert (where, what) == ("policy.colocate", "'source' names a role that is not in this group; choose another name")
+
+
+def test_engines_run_an_adapter_that_is_there_and_that_vllm_takes() -> None:
+    lora = "policy.tuning={method: lora, lora: {rank: 4}}"
+    assert refused("ppo", "rollout.lora=adapter", lora) == []
+    assert refused("ppo", "rollout.lora=adapter", "policy.tuning={method: qlora, lora: {use_rslora: true}}") == []
+    [(where, what)] = refused("ppo", "rollout.lora=adapter")
+    assert (where, what) == ("rollout.lora", "adapter, but policy.tuning.method is full: there is none; merged")
+    for change, message in (("use_dora: true", "vLLM's LoRA has no DoRA"), ("rank: 513", "vLLM takes at most 512")):
+        [(where, what)] = refused("ppo", "rollout.lora=adapter", f"policy.tuning={{method: lora, lora: {{{change}}}}}")
+        assert where == "rollout.lora" and message in what
+    on_gpus = (*ON_GPUS, "rollout.lora=adapter", lora)
+    assert refused("ppo", *on_gpus) == refused("ppo", *on_gpus, "rollout.weight_transfer=shared_memory") == []
+    [(where, what)] = refused("ppo", *on_gpus, "rollout.weight_transfer=nccl")
+    assert (where, what) == ("rollout.weight_transfer", "nccl, but adapters travel through shared memory; auto")
