@@ -6,7 +6,7 @@ Invariant: loss and gradient of an update are those of its whole batch, whatever
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,21 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from actors.comparisons import ComparisonPack
 from actors.config import TrainedRoleConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
+from actors.feedback import Feedback
 from actors.models import load_tokenizer
 from actors.objectives import LearningBatch, LossAndMetrics, NextToken, Objective
-from actors.packed import in_row_order, scoring_packs
-from actors.preference import PairBatch, Preference, ReferenceLogprobs, response_sums
+from actors.preference import Preference
 from actors.ranking import RewardRanking
 from actors.reports import ColumnInfo, TrainReport
+from actors.sequences import ReferenceLogprobs, score_sequences
 from actors.updates import scheduled_rate
-from algorithms.config import LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
+from algorithms.config import FeedbackConfig, LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 from experience.packing import plan_packs
-from experience.schema import REF_SEQUENCE_LOGPROBS, make_batch
+from experience.schema import REF_FEEDBACK_LOGPROBS
 
 _DIGEST_BUCKET_BYTES = 256 << 20
 
@@ -62,6 +62,7 @@ class LearnerActor:
         """
         started = time.perf_counter()
         prepared = self._objective.batch([batch])
+        self._objective.survey(prepared, self._total)
 
         def loss(model: nn.Module, pack: Any) -> LossAndMetrics:
             return self._objective.loss(model, pack, prepared.denominator)
@@ -79,6 +80,7 @@ class LearnerActor:
             SchemaError: a batch is not of the objective's schema, or there is none.
         """
         prepared = self._objective.batch(batches)
+        self._objective.survey(prepared, self._total)
         sums: list[dict[str, float]] = []
 
         def function(model: nn.Module, pack: Any) -> Tensor:
@@ -111,48 +113,44 @@ class LearnerActor:
                 digest.update(weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
         return str(digest.hexdigest())
 
-    def score_reference(self, comparisons: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
-        """The starting model's log-probs of whole responses: REF_SEQUENCE_LOGPROBS of this rank's comparisons.
+    def score_reference(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """The starting model's log-probs of whole responses: the reference's column of this rank's rows.
 
         With an adapter it is the base with the adapter off. Collective where weights are sharded.
 
         Raises:
             RoleError: the model is tuned in full and has been trained, so what it started from is gone.
-            SchemaError: the batch is not of pairs.
-            ValueError: a pair is longer than ``max_tokens_per_pack``.
+            SchemaError: the batch is not of the objective's schema.
+            ValueError: a row is longer than ``max_tokens_per_pack``.
         """
-        started = time.perf_counter()
         adapted = self._config.tuning.has_adapter
         if self._engine.num_updates and not adapted:
             raise RoleError(f"{self._context.role}: the model has been trained; its start cannot be scored any more")
-        batch = PairBatch([comparisons])
-        own, units = scoring_packs(
-            batch.unit_lengths,
-            self._context.rank,
-            self._context.num_ranks,
-            self._config.max_tokens_per_pack,
-            collective=self._config.zero.stage == 3,
-        )
-        packs = [batch.pack(part, self._engine.device) for part in units]
+        self._objective.batch([batch])  # refused here and not at the first update
         with self._engine.adapter_off() if adapted else nullcontext():
-            sums = [value.cpu() for value in self._engine.forward(packs, _response_sums)]
-        pairs = [torch.arange(len(part) + 1) * 2 for part in units]
-        pieces = in_row_order(units, sums, pairs)
-        flat = torch.cat(pieces).double() if pieces else torch.zeros(0, dtype=torch.float64)
-        ids = comparisons.column("sequence_id").slice(2 * own.start, 2 * len(own))
-        column = make_batch(REF_SEQUENCE_LOGPROBS, {"sequence_id": ids, "ref_logprob": pa.array(flat.numpy())})
-        num_tokens = sum(batch.unit_lengths[unit] for unit in own)
-        return column, ColumnInfo(2 * len(own), num_tokens, time.perf_counter() - started)
+            return score_sequences(
+                self._engine,
+                batch,
+                context=self._context,
+                device=self._engine.device,
+                collective=self._config.zero.stage == 3,
+                max_tokens=self._config.max_tokens_per_pack,
+            )
 
     def use_reference(self, path: Path) -> None:
-        """Compare with the reference's log-probs in a file of REF_SEQUENCE_LOGPROBS, from sequence 0 on.
+        """Compare with the reference's log-probs in a file of its columns, from sequence 0 on.
 
         Raises:
             RoleError: the file cannot be read, or what is learnt compares with no reference.
+            SchemaError: the file is of another schema.
         """
-        if not isinstance(self._objective, Preference):
-            raise RoleError(f"{self._context.role}: what it learns compares with no reference")
-        self._objective.use_reference(ReferenceLogprobs(path))
+        match self._objective:
+            case Preference():
+                self._objective.use_reference(ReferenceLogprobs(path))
+            case Feedback():
+                self._objective.use_reference(ReferenceLogprobs(path, REF_FEEDBACK_LOGPROBS))
+            case _:
+                raise RoleError(f"{self._context.role}: what it learns compares with no reference")
 
     def export_adapter(self, folder: Path) -> None:
         """Write the adapter alone. Collective.
@@ -161,6 +159,10 @@ class LearnerActor:
             RoleError: the model is tuned in full.
         """
         self._engine.export_adapter(folder)
+
+    def _total(self, batch: LearningBatch[Any], function: Callable[[nn.Module, Any], Tensor]) -> float:
+        parts = [float(part) for part in self._engine.forward(self._packs(batch), function)]
+        return self._engine.reduce_sums({"total": sum(parts)})["total"]
 
     def _packs(self, batch: LearningBatch[Any]) -> list[Any]:
         plan = plan_packs(batch.unit_lengths, self._context.num_ranks, self._config.max_tokens_per_pack)
@@ -181,9 +183,7 @@ def objective_for(algorithm: LearningConfig) -> Objective[Any]:
             return RewardRanking(algorithm)
         case PreferenceConfig():
             return Preference(algorithm)
+        case FeedbackConfig():
+            return Feedback(algorithm)
         case _:
             raise RoleError(f"{type(algorithm).__name__} is no way to learn from a data set")
-
-
-def _response_sums(model: nn.Module, pack: ComparisonPack) -> Tensor:
-    return response_sums(model, pack)[0]

@@ -1,7 +1,7 @@
 """What a learner learns: how rows become units and micro-batches, and a micro-batch a loss.
 
 Here is the interface, and next-token prediction. Comparisons are in ``actors.ranking`` (reward models) and
-``actors.preference`` (DPO and its kin).
+``actors.preference`` (DPO and its kin), single judged responses in ``actors.feedback`` (KTO).
 
 Legend: T tokens of a pack, S learnt tokens of a pack.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +42,10 @@ class LearningBatch(ABC, Generic[PackT]):
         """Units laid end to end on ``device``; no units give a pack that adds nothing to loss or gradient."""
 
 
+#: Sums a function of the model and a pack over all packs of a batch, on all ranks, without a gradient. Collective.
+Total = Callable[[LearningBatch[Any], Callable[[nn.Module, Any], Tensor]], float]
+
+
 class Objective(ABC, Generic[PackT]):
     """One way to learn from a data set."""
 
@@ -56,6 +60,10 @@ class Objective(ABC, Generic[PackT]):
         Raises:
             SchemaError: it is not of that schema, or holds nothing to learn.
         """
+
+    def survey(self, batch: LearningBatch[PackT], total: Total) -> None:
+        """Find, before any loss of ``batch``, what its losses need to know of the whole of it. Most need nothing."""
+        return
 
     @abstractmethod
     def loss(self, model: nn.Module, pack: PackT, denominator: int) -> LossAndMetrics:

@@ -36,11 +36,15 @@ class ResponsePack:
 
 
 class Samples:
-    """Tokens and prompt lengths of a batch of rollouts, as views."""
+    """Tokens and prompt lengths of a batch, as views.
 
-    def __init__(self, rollouts: Batches) -> None:
-        self.tokens: ListColumn = list_column(rollouts, "tokens")
-        self.num_prompt_tokens = scalar_column(rollouts, "num_prompt_tokens").long()
+    Args:
+        column: of the tokens; one whose rows begin with ``num_prompt_tokens`` tokens of a prompt.
+    """
+
+    def __init__(self, rows: Batches, column: str = "tokens") -> None:
+        self.tokens: ListColumn = list_column(rows, column)
+        self.num_prompt_tokens = scalar_column(rows, "num_prompt_tokens").long()
         self.lengths: list[int] = self.tokens.lengths.tolist()
         self.response_lengths: list[int] = (self.tokens.lengths - self.num_prompt_tokens).tolist()
 
@@ -63,16 +67,22 @@ class Samples:
 
 
 def scoring_packs(
-    lengths: Sequence[int], rank: int, num_ranks: int, max_tokens: int, collective: bool
+    lengths: Sequence[int],
+    rank: int,
+    num_ranks: int,
+    max_tokens: int,
+    collective: bool,
+    cut_by: Sequence[int] | None = None,
 ) -> tuple[range, list[tuple[int, ...]]]:
     """This rank's rows, and the packs (of row numbers in the whole batch) that it runs them in.
 
-    Rows go to ranks in runs of neighbours. Where the forward is ``collective``, empty packs make the ranks even.
+    Rows go to ranks in runs of neighbours, of even numbers of tokens by ``lengths``, or by ``cut_by`` where several
+    columns of a row belong on one rank. Where the forward is ``collective``, empty packs make the ranks even.
 
     Raises:
         ValueError: a row is longer than ``max_tokens``.
     """
-    parts = contiguous_split(lengths, num_ranks)
+    parts = contiguous_split(cut_by or lengths, num_ranks)
 
     def plan(part: range) -> PackPlan:
         return plan_packs([lengths[row] for row in part], 1, max_tokens)

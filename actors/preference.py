@@ -9,7 +9,6 @@ Legend: N responses and P pairs of a pack, S response tokens of a pack.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -20,46 +19,13 @@ from actors.config import ModelConfig
 from actors.errors import RoleError
 from actors.models import PackedModel, load_causal_lm
 from actors.objectives import LearningBatch, LossAndMetrics, Objective
+from actors.sequences import ReferenceLogprobs
 from algorithms import preferences
 from algorithms.config import PreferenceConfig
 from algorithms.logprobs import token_logprobs
 from algorithms.loss_terms import add_terms
-from experience.schema import REF_SEQUENCE_LOGPROBS, SchemaError, check_schema
+from experience.schema import SchemaError
 from experience.tensors import prediction_positions
-
-
-class ReferenceLogprobs:
-    """The reference's log-prob of each response of the data, by ``sequence_id``.
-
-    Raises:
-        RoleError: the file is missing or damaged.
-        SchemaError: it is of another schema, or ids are not 0, 1, 2 ...
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise RoleError(f"the reference's log-probs cannot be read from {path}: {error}") from error
-        check_schema(table, REF_SEQUENCE_LOGPROBS)
-        ids = torch.from_numpy(table.column("sequence_id").to_numpy().copy())
-        if not torch.equal(ids, torch.arange(len(ids))):
-            raise SchemaError(f"{path}: sequence ids of the reference's log-probs are not 0, 1, 2 ... in order")
-        self._values = torch.from_numpy(table.column("ref_logprob").to_numpy().copy())
-
-    def of(self, sequence_ids_N: Tensor) -> Tensor:
-        """(N,) float64.
-
-        Raises:
-            SchemaError: a sequence has none.
-        """
-        if len(sequence_ids_N) and int(sequence_ids_N.max()) >= len(self._values):
-            raise SchemaError(
-                f"sequence {int(sequence_ids_N.max())} has no reference log-prob, there are {len(self._values)}; the "
-                "data have changed since they were made"
-            )
-        return self._values[sequence_ids_N]
 
 
 class PairBatch(LearningBatch[ComparisonPack]):

@@ -70,6 +70,11 @@ class LearningConfig(_Frozen):
         None, description="Evaluations without improvement after which training stops; none: never."
     )
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return False
+
 
 class SupervisedConfig(LearningConfig):
     """Next-token cross-entropy: pre-training, or SFT."""
@@ -151,3 +156,22 @@ class PreferenceConfig(LearningConfig):
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model that training started from."""
         return self.name in NEEDS_REFERENCE
+
+
+class FeedbackConfig(LearningConfig):
+    """A policy learns from responses that are good or bad each for itself: KTO."""
+
+    name: Literal["kto"] = "kto"
+    beta: PositiveFloat = Field(
+        0.1, description="Scale of the implicit reward: how strongly the policy is held to the reference."
+    )
+    desirable_weight: PositiveFloat = Field(
+        1.0, description="Weight of a good response. Where the two kinds are not as many, weight times number is to be "
+        "between 1 and 4/3 times that of the bad."
+    )
+    undesirable_weight: PositiveFloat = Field(1.0, description="Weight of a bad response.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Always."""
+        return True

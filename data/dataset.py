@@ -25,8 +25,9 @@ from data.cache import Cache
 from data.config import DataConfig
 from data.errors import DataError, EmptyDataError
 from data.formats import Kind
+from data.mismatch import Mismatch
 from data.order import Cursor, Int64s, Mixture, advance
-from data.table import Facts, Tables, TokenTable
+from data.table import Column, Facts, Tables, TokenTable
 from data.tokenizer import Tokenizer
 from experience.schema import COMPARISONS, EXAMPLES, FEEDBACK, PROMPTS, make_batch
 
@@ -63,6 +64,7 @@ class Dataset:
         self._heldout = Tables(kind, heldout)
         self._all = Tables(kind, [*train, *heldout])
         self._order: tuple[int, Int64s] | None = None
+        self._mismatches = [Mismatch(side) for side in (self._train, self._heldout)] if kind == "feedback" else []
 
     @classmethod
     def from_config(
@@ -236,5 +238,19 @@ class Dataset:
                     "tokens": tokens,
                     "num_prompt_tokens": pa.array(taken.columns["num_prompt_tokens"]),
                     "desirable": pa.array(taken.columns["desirable"].astype(np.bool_)),
+                    "mismatched_tokens": self._mismatched(places),
                 }
                 return make_batch(FEEDBACK, columns), taken.lengths
+
+    def _mismatched(self, places: Int64s) -> pa.ListArray:
+        """The prompt of each place with the response of another, of the same side of the split."""
+        sequences: list[Column] = [np.zeros(0, np.int32)] * len(places)
+        is_heldout = places >= len(self._train)
+        for side, mismatch in enumerate(self._mismatches):
+            mine = np.flatnonzero(is_heldout == bool(side))
+            found = mismatch.sequences(places[mine] - side * len(self._train))
+            for at, sequence in zip(mine.tolist(), found, strict=True):
+                sequences[at] = sequence
+        ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+        flat = np.concatenate([np.zeros(0, np.int32), *sequences])
+        return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat))

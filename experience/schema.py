@@ -75,17 +75,27 @@ COMPARISONS = _schema(
 )
 
 #: What a dataset gives losses over responses that are good or bad each for itself: one row a response.
+#: ``mismatched_tokens`` are the row's prompt and the response of another row, the same in every epoch.
 FEEDBACK = _schema(
     "feedback",
     ("sequence_id", pa.int64()),
     ("tokens", TOKENS),
     ("num_prompt_tokens", pa.int32()),
     ("desirable", pa.bool_()),
+    ("mismatched_tokens", TOKENS),
 )
 
-#: By the reference role, over the rows of comparisons or feedback: log-probs summed over each response's tokens.
+#: By the reference role, over the rows of comparisons: log-probs summed over each response's tokens.
 REF_SEQUENCE_LOGPROBS = _schema(
     "ref_sequence_logprobs", ("sequence_id", pa.int64()), ("ref_logprob", pa.float64())
+)
+
+#: By the reference role, over the rows of feedback: the same, and of the mismatched response behind the row's prompt.
+REF_FEEDBACK_LOGPROBS = _schema(
+    "ref_feedback_logprobs",
+    ("sequence_id", pa.int64()),
+    ("ref_logprob", pa.float64()),
+    ("mismatched_ref_logprob", pa.float64()),
 )
 
 #: The first columns of experience, by the rollout engines: one row a sample.
@@ -145,6 +155,7 @@ ALL: dict[str, pa.Schema] = {
         COMPARISONS,
         FEEDBACK,
         REF_SEQUENCE_LOGPROBS,
+        REF_FEEDBACK_LOGPROBS,
         ROLLOUT,
         REF_LOGPROBS,
         POLICY_LOGPROBS,

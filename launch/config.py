@@ -18,7 +18,14 @@ from actors.config import (
     RolloutConfig,
     TrainedRoleConfig,
 )
-from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
+from algorithms.config import (
+    FeedbackConfig,
+    LearningConfig,
+    OnlineConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    SupervisedConfig,
+)
 from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
 from data.formats import Kind
@@ -29,6 +36,7 @@ from launch.settings import OnlineSettings, RunSettings
 __all__ = [
     "AnyLearnerRunConfig",
     "BaseRunConfig",
+    "FeedbackRunConfig",
     "LearnerRunConfig",
     "OnlineRunConfig",
     "OnlineSettings",
@@ -106,6 +114,14 @@ class PreferenceRunConfig(LearnerRunConfig):
     algorithm: PreferenceConfig = Field(description="What is learnt, and for how long.")
 
 
+class FeedbackRunConfig(LearnerRunConfig):
+    """KTO. The reference is the learner's own model as it starts."""
+
+    DATA_KIND = "feedback"
+
+    algorithm: FeedbackConfig = Field(description="What is learnt, and for how long.")
+
+
 class OnlineRunConfig(BaseRunConfig):
     """PPO: five roles, each on its own group of processes."""
 
@@ -122,5 +138,5 @@ class OnlineRunConfig(BaseRunConfig):
     rollout: RolloutConfig = Field(description="The engines that generate.")
 
 
-AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig
+AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig | FeedbackRunConfig
 RunConfig = AnyLearnerRunConfig | OnlineRunConfig

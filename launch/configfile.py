@@ -17,6 +17,7 @@ from algorithms.config import PreferenceLoss
 from launch.config import (
     AnyLearnerRunConfig,
     BaseRunConfig,
+    FeedbackRunConfig,
     LearnerRunConfig,
     OnlineRunConfig,
     PreferenceRunConfig,
@@ -36,6 +37,7 @@ ALGORITHMS: Mapping[str, RunKind] = {
     "sft": SupervisedRunConfig,
     "reward_model": RewardModelRunConfig,
     **dict.fromkeys(get_args(PreferenceLoss), PreferenceRunConfig),
+    "kto": FeedbackRunConfig,
 }
 
 

@@ -13,7 +13,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from launch.config import OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
+from launch.config import (
+    FeedbackRunConfig,
+    OnlineRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
 from launch.fields import model_of
 
 INTRODUCTION = """\
@@ -50,6 +56,7 @@ KINDS = (
         "`algorithm.name: dpo` or one of its kin. One trained role, the learner; the reference is its own model as it "
         "starts, whose log-probs are computed once and kept beside the runs.",
     ),
+    ("KTO", FeedbackRunConfig, "`algorithm.name: kto`. As preference optimisation, from responses judged one by one."),
 )
 
 

@@ -16,16 +16,16 @@ import xxhash
 
 from actors.learner import LearnerActor
 from actors.source import SourceActor
-from launch.config import PreferenceRunConfig
+from launch.config import LearnerRunConfig
 from launch.roles import SupervisedRoles
 
 logger = logging.getLogger(__name__)
-#: Pairs scored in one call.
+#: Pairs, or judged responses, scored in one call.
 ROWS_AT_A_TIME = 4096
 FOLDER = ".reference-logprobs"
 
 
-async def prepare_reference(config: PreferenceRunConfig, roles: SupervisedRoles, runs: Path) -> Path:
+async def prepare_reference(config: LearnerRunConfig, roles: SupervisedRoles, runs: Path) -> Path:
     """Give the learner its own log-probs as it starts; returns the file that keeps them.
 
     To be called before the learner goes on from a checkpoint: it scores with the weights it has.

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from actors.config import MAX_ADAPTER_RANK, ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
-from algorithms.config import LearningConfig, OnlineConfig, SupervisedConfig
+from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.errors import Problem
@@ -101,7 +101,7 @@ def samples_fit(
 def examples_fit(data: DataConfig, algorithm: LearningConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
     """The longest sequence, or the two of a comparison, fit one pack."""
     longest, what = data.max_tokens, "the longest sequence, data.max_tokens"
-    if not isinstance(algorithm, SupervisedConfig):
+    if isinstance(algorithm, RewardModelConfig | PreferenceConfig):
         longest, what = 2 * longest, "the longest comparison, two responses of data.max_tokens"
     yield from _pack_holds("learner", learner.max_tokens_per_pack, longest, what)
 

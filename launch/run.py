@@ -14,7 +14,7 @@ from actors.policy import PolicyActor
 from actors.source import SourceActor, SourceDescription
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
-from launch.config import LearnerRunConfig, OnlineRunConfig, PreferenceRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, RunConfig
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
@@ -72,7 +72,7 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
         description = await roles.source.call_one(0, SourceActor.describe)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         progress = SupervisedProgress(0, description.first_cursor, description.fingerprint)
-        if isinstance(config, PreferenceRunConfig) and config.algorithm.needs_reference:
+        if config.algorithm.needs_reference:
             await prepare_reference(config, roles, run_dir.path.parent)
         if checkpoint is not None:
             progress = SupervisedState.read(checkpoint)

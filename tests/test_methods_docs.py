@@ -14,9 +14,15 @@ import yaml
 from pydantic import BaseModel
 
 from actors.objectives import NextToken
-from algorithms import losses, preferences, ranking
+from algorithms import kto, losses, preferences, ranking
 from algorithms.config import PreferenceConfig, PreferenceLoss, RewardModelConfig, SupervisedConfig
-from launch.config import OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
+from launch.config import (
+    FeedbackRunConfig,
+    OnlineRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
 from launch.configfile import load
 from launch.fields import model_of
 
@@ -88,7 +94,7 @@ def literals(annotation: object) -> Iterator[str]:
 def known_names() -> set[str]:
     """Every key of every configuration, and every value that is one of a few words."""
     names: set[str] = set()
-    for kind in (OnlineRunConfig, PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig):
+    for kind in (OnlineRunConfig, PreferenceRunConfig, FeedbackRunConfig, RewardModelRunConfig, SupervisedRunConfig):
         for model in models(kind):
             for name, info in model.model_fields.items():
                 names |= {name, *literals(info.annotation)}
@@ -125,8 +131,14 @@ def learner_metrics() -> set[str]:
         preferences.simpo_loss(one, one, lengths, lengths, beta=1.0, gamma=0.0, denominator=1)[1],
         preferences.orpo_loss(one - 1, one - 1, lengths, lengths, coefficient=1.0, denominator=1)[1],
         preferences.nll_term(one, lengths, coefficient=1.0, denominator=1)[1],
+        kto_metrics(),
     ]
     return {name for metrics in reported for name in metrics}
+
+
+def kto_metrics() -> Mapping[str, Any]:
+    two = torch.zeros(2)
+    return kto.kto_loss(two, two, torch.tensor([True, False]), 0.0, beta=1.0, num_desirable=1, denominator=2)[1]
 
 
 def online_metrics() -> dict[str, set[str]]:
@@ -162,6 +174,8 @@ def test_every_metric_of_the_preference_losses_and_of_ppo_is_explained() -> None
     dpo = preferences.dpo_loss(one, one, one, one, beta=1.0, denominator=1)[1]
     for name in {*orpo, *dpo, "chosen_nll"}:
         assert f"`learner/{name}`" in texts["preference.md"]
+    for name in kto_metrics():
+        assert f"`learner/{name}`" in (ROOT / "docs" / "methods" / "kto.md").read_text()
     for name in online_metrics()["experience"]:
         assert f"`experience/{name}`" in texts["ppo.md"]
 
@@ -179,6 +193,6 @@ def test_every_preference_loss_and_every_example_has_its_place() -> None:
 
 
 def test_there_are_pages_blocks_and_commands() -> None:
-    assert len(PAGES) == 7
+    assert len(PAGES) >= 8
     assert len(YAML_BLOCKS) >= 10
     assert len(COMMANDS) >= 10

@@ -143,6 +143,14 @@ def learn(
     return before, metrics, actor.evaluate(batches[:1])
 
 
+def score(
+    own: RankContext, folder: Path, algorithm: LearningConfig, stage: int, batches: Sequence[pa.RecordBatch]
+) -> list[pa.RecordBatch]:
+    """The reference's column of each batch."""
+    actor = learner(own, folder, algorithm, stage)
+    return [actor.score_reference(batch)[0] for batch in batches]
+
+
 def score_and_digest(
     own: RankContext, folder: Path, algorithm: LearningConfig, stage: int, batches: Sequence[pa.RecordBatch]
 ) -> tuple[list[tuple[pa.RecordBatch, ColumnInfo]], list[str]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from actors.config import ModelConfig
 from actors.errors import RoleError
 from actors.models import load_causal_lm
-from actors.preference import PairBatch, Preference, ReferenceLogprobs
+from actors.preference import PairBatch, Preference
+from actors.sequences import ReferenceLogprobs
 from algorithms.config import (
     NEEDS_REFERENCE,
     LearningConfig,
