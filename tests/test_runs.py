@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -113,13 +113,49 @@ def check_model(folder: Path) -> None:
     assert loaded.stdout.split() == ["LlamaForCausalLM", "<eos>"]
 
 
-def test_generation_ahead_of_training_stays_within_its_bound(troupe: Troupe, home: Path) -> None:
+def stop(home: Path, words: Sequence[str], *, at_line: str = "", at_file: Path | None = None) -> list[str]:
+    """Start a run and send it SIGTERM, at a line that begins so or once a file is there; the lines that it printed."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch", *words],
+        cwd=ROOT,
+        env={**os.environ, "TROUPE_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        while at_file is not None and not at_file.exists():
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            time.sleep(0.05)
+        told: list[str] = []
+        while at_line and not (told and told[-1].startswith(at_line)):
+            line = process.stdout.readline()
+            assert line, "".join(told)[-3000:]
+            told.append(line)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        told += process.stdout.readlines()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(told)[-3000:]
+        # A step, or the rest of the start of all roles.
+        assert time.monotonic() - began < (60 if at_line else 120)
+    assert "stopped by SIGTERM after step" in told[-1] and "--resume" in told[-1]
+    return told
+
+
+def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_asked(home: Path) -> None:
     ahead = ("online.max_staleness=1", "algorithm.recompute_logprobs=true", "algorithm.critic_warmup_iterations=0")
     # Two engines, and weights that are sharded over the policy's ranks.
     spread = ("rollout.ranks_per_node=2", "policy.zero.stage=3")
-    check_done(troupe("train", *PPO, *ahead, *spread))
-    assert all((home / "runs" / "ppo" / "logs" / f"rollout-{rank}.log").exists() for rank in (0, 1))
-    steps = rows(home / "runs" / "ppo")
+    words, run = ("train", *PPO, *ahead, *spread), home / "runs" / "ppo"
+    # Stopped while its roles start, it has a checkpoint all the same, and its name is free to go on under.
+    stop(home, words, at_file=run / "logs" / "policy-0.log")
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000000"]
+    stop(home, [*words, "--resume"], at_line="ppo 2/")
+    assert all((run / "logs" / f"rollout-{rank}.log").exists() for rank in (0, 1))
+    steps = rows(run)
+    # The step that was under way is done, and nothing after it.
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert (run / "checkpoints" / "step-00000003" / "manifest.json").exists()
     assert steps[0]["experience/staleness_max"] == 0
     # From the second iteration on, experience was drawn while the one before it was trained on.
     assert max(row["experience/staleness_max"] for row in steps) == 1
@@ -166,31 +202,43 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, hom
     config = str(ROOT / "examples" / "sft.yaml")
     model = "learner.model.path=runs/demo-sft/model"
     words = ("train", config, model, "run.name=sft", "run.log_every=1", "algorithm.num_epochs=500")
-    environment = {**os.environ, "TROUPE_HOME": str(home)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "launch", *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        told = []
-        for line in process.stdout:
-            told.append(line)
-            if line.startswith("sft 5/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        began = time.monotonic()
-        told += process.stdout.readlines()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM, "".join(told)[-3000:]
-    assert time.monotonic() - began < 60
-    assert "stopped by SIGTERM after step" in told[-1]
-    assert "--resume" in told[-1]
+    stop(home, words, at_line="sft 5/")
     stopped_at = rows(home / "runs" / "sft")[-1]["step"]
     (checkpoint,) = (home / "runs" / "sft" / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{int(stopped_at):08d}"
     check_done(troupe(*words, f"run.num_iterations={int(stopped_at) + 3}", "--resume"))
     steps = [row["step"] for row in rows(home / "runs" / "sft") if "learner/loss" in row]
     assert steps == list(range(1, int(stopped_at) + 4))
+
+
+#: GRPO, cut short: three iterations of eight prompts with four samples, and a reference for the KL in the loss.
+GRPO = (
+    str(ROOT / "examples" / "methods" / "grpo.yaml"),
+    "run.num_iterations=3",
+    "run.checkpoint_every=2",
+    "run.keep_experience=true",
+    "online.batch_size=32",
+    "online.scoring_batch_size=16",
+    "rollout.sampling.samples_per_prompt=4",
+)
+
+
+def test_grpo_runs_without_a_critic_and_resumes(troupe: Troupe, home: Path) -> None:
+    check_done(troupe("train", *GRPO))
+    run = home / "runs" / "grpo"
+    steps = rows(run)
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert not [name for name in row if name.startswith(("critic/", "experience/value"))]
+        assert row["policy/first_ratio_max_deviation"] < 1e-3
+        assert row["policy/ref_kl"] >= 0
+        # Scores of a group are compared with each other alone.
+        assert abs(row["experience/advantage"]) < 0.5 < row["experience/advantage_std"]
+    experience = Experience.open(run / "experience" / "iteration_000001.arrow").table
+    assert not {"values", "returns"} & set(experience.column_names)
+    assert not (run / "logs" / "critic-0.log").exists()
+    assert not (run / "checkpoints" / "step-00000002" / "critic").exists()
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    check_done(troupe("train", *GRPO, "--resume"))
+    again = rows(run)
+    assert learnt(again[2]) == pytest.approx(learnt(steps[2]), rel=1e-3, abs=1e-4)
