@@ -1,4 +1,5 @@
-"""The command line: ``troupe train CONFIG [key.sub=value ...]`` and ``troupe check CONFIG [key.sub=value ...]``.
+"""The command line: ``troupe train CONFIG [key.sub=value ...]``, ``troupe check CONFIG [key.sub=value ...]``, and
+``troupe serve-reward MODEL``.
 
 Exit codes: 0 done; 1 a run failed; 2 nothing was started, because the configuration, the data, a model or the
 cluster is not as it must be; 130 and 143 a run was stopped by Ctrl-C or SIGTERM, after writing a checkpoint.
@@ -72,6 +73,37 @@ def check(config: ConfigPath, overrides: Overrides = None, traceback: Traceback 
         report = check_run(run_config)
     Console(highlight=False).print(report)
     raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command("serve-reward")
+def serve_reward(
+    model: Annotated[str, typer.Argument(help="The reward model: a Hugging Face folder, or a name on the hub.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all. It has no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="Precision: bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass, and so of one sample.")] = 8192,
+    attention: Annotated[str, typer.Option(help="sdpa, flash_attention_2 or eager.")] = "sdpa",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that the model brings.")] = False,
+) -> None:
+    """Serve MODEL as a reward by the protocol of docs/rewards.md, until it is interrupted."""
+    # Here, because it loads torch.
+    import torch
+
+    from actors.config import ModelConfig
+    from actors.errors import ModelError
+    from actors.rewards.server import serve
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = ModelConfig.model_validate(
+            {"path": model, "dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+        )
+        serve(config, host=host, port=port, device=device, max_tokens=max_tokens)
+    except (ModelError, ValueError, OSError) as error:
+        Console(stderr=True, highlight=False).print(Text.assemble(("error", "bold red"), f": {error}"), soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 def main() -> None:

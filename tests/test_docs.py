@@ -53,7 +53,7 @@ def test_every_command_of_the_documents_is_known() -> None:
         for target in re.findall(r"^make ([a-z-]+)", commands, flags=re.MULTILINE):
             assert target in targets, f"{document.name}: make {target}"
         for word in re.findall(r"^troupe ([a-z-]+)", commands, flags=re.MULTILINE):
-            assert word in ("train", "check"), f"{document.name}: troupe {word}"
+            assert word in ("train", "check", "serve-reward"), f"{document.name}: troupe {word}"
         for module in re.findall(r"python -m ([\w.]+)", commands):
             path = ROOT / module.replace(".", "/")
             assert path.is_dir() or path.with_suffix(".py").exists(), f"{document.name}: python -m {module}"

@@ -8,10 +8,12 @@ from actors.rewards.config import (
     CheckerRewardConfig,
     CodeRewardConfig,
     FunctionRewardConfig,
+    HttpRewardConfig,
     TextRewardConfig,
 )
 from actors.rewards.face import TextReward
 from actors.rewards.function import FunctionReward
+from actors.rewards.service import HttpReward
 from cluster.context import RankContext
 
 
@@ -29,5 +31,7 @@ def build_reward(config: TextRewardConfig, context: RankContext) -> TextReward:
             return CheckerReward(config)
         case CodeRewardConfig():
             return CodeReward(config)
+        case HttpRewardConfig():
+            return HttpReward(config)
         case _:
             raise AssertionError(f"{type(config).__name__} is no reward over text")

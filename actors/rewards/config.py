@@ -214,7 +214,7 @@ class CodeRewardConfig(TextRewardConfig):
         "limits alone: the code can open sockets, and write where its user can.",
     )
     python: str | None = Field(
-        None, description="The interpreter that runs the code, 3.10 or later, with what the code may import; none: ours."
+        None, description="The interpreter that runs the code, with what that may import; none: ours."
     )
     num_workers: PositiveInt = Field(1, description="Tests under way at a time.")
 

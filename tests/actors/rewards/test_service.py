@@ -1,0 +1,258 @@
+"""Services as rewards, over real sockets: slow ones, failing ones, ones that answer nonsense, ones that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+
+from actors.config import ModelConfig
+from actors.errors import RewardError
+from actors.models import load_scorer
+from actors.rewards.config import HttpRewardConfig
+from actors.rewards.endpoints import Endpoints
+from actors.rewards.face import Answer, RewardFailure, RewardSample
+from actors.rewards.service import HttpReward
+from tests.actors import tiny_models
+from tests.actors.ranks import free_port
+
+ROOT = Path(__file__).parents[3]
+
+
+def sample(response: str) -> RewardSample:
+    return RewardSample("P", response, True, {"answer": 1})
+
+
+def brief(answers: list[Answer]) -> list[float | str]:
+    return [str(answer.reason) if isinstance(answer, RewardFailure) else answer for answer in answers]
+
+
+class Server:
+    """An endpoint that gives each response its length, or whatever ``behave`` gives; it counts its requests."""
+
+    def __init__(self, behave: Callable[[int, list[Any]], Awaitable[Any]] | None = None) -> None:
+        self.num_requests = 0
+        self.num_samples = 0
+        self.headers: dict[str, str] = {}
+        self._behave = behave
+
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator[str]:
+        application = web.Application()
+        application.add_routes([web.post("/score", self._score)])
+        self.runner = web.AppRunner(application, shutdown_timeout=0.1)
+        await self.runner.setup()
+        port = free_port()
+        await web.TCPSite(self.runner, "127.0.0.1", port).start()
+        yield f"http://127.0.0.1:{port}"
+        await self.runner.cleanup()
+
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        self.num_requests += 1
+        self.headers = dict(request.headers)
+        samples = json.loads(await request.read())["samples"]
+        self.num_samples += len(samples)
+        good = [{"score": float(len(one["response"]))} for one in samples]
+        given = None if self._behave is None else await self._behave(self.num_requests, good)
+        if isinstance(given, web.Response):
+            return given
+        return web.Response(text=json.dumps({"results": good if given is None else given}))
+
+
+def reward(*urls: str, **changes: Any) -> HttpReward:
+    small = {"batch_size": 2, "backoff_s": 0.01, "cooldown_s": 0.2, "timeout_s": 0.5, "num_attempts": 3}
+    return HttpReward(HttpRewardConfig(endpoints=urls, **(small | changes)))
+
+
+async def scored(service: HttpReward, responses: list[str]) -> list[float | str]:
+    try:
+        return brief(await service.score([sample(response) for response in responses]))
+    finally:
+        await service.close()
+
+
+async def test_batches_are_balanced_and_answers_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", "hunter2")
+    one, two = Server(), Server()
+    async with one.up() as first, two.up() as second:
+        responses = ["x" * place for place in range(21)]
+        service = reward(first, second, token_variable="REWARD_TOKEN")
+        assert await scored(service, responses) == [float(place) for place in range(21)]
+    assert sorted((one.num_requests, two.num_requests)) == [5, 6] and one.num_samples + two.num_samples == 21
+    assert one.headers["Authorization"] == "Bearer hunter2"
+    with pytest.raises(RewardError, match="token_variable NOT_SET"):
+        reward("http://127.0.0.1:1", token_variable="NOT_SET")
+
+
+async def _error_500(_: int, __: list[Any]) -> Any:
+    return web.Response(status=500, text="out of memory")
+
+
+async def _error_400(_: int, __: list[Any]) -> Any:
+    return web.Response(status=400, text="no such thing")
+
+
+async def _slow(_: int, __: list[Any]) -> None:
+    await asyncio.sleep(5)
+
+
+async def _one_short(_: int, good: list[Any]) -> Any:
+    return good[1:]
+
+
+async def _not_json(_: int, __: list[Any]) -> Any:
+    return web.Response(text="<html>")
+
+
+async def _other_json(_: int, __: list[Any]) -> Any:
+    return web.Response(text="[1, 2]")
+
+
+async def _mixed(_: int, good: list[Any]) -> Any:
+    return [good[0], {"score": float("nan")}, {"score": None}, {"error": "too long"}, {"points": 3}, 2.0]
+
+
+async def _second_time(number: int, _: list[Any]) -> Any:
+    return web.Response(status=503) if number == 1 else None
+
+
+async def _overloaded(number: int, _: list[Any]) -> Any:
+    return web.Response(status=429, headers={"Retry-After": "1"}) if number == 1 else None
+
+
+@pytest.mark.parametrize(
+    ("behave", "expected", "num_requests"),
+    [
+        (_error_500, ["unreachable"] * 6, 3),
+        (_error_400, ["refused"] * 6, 1),
+        (_slow, ["timed_out"] * 6, 3),
+        (_one_short, ["wrong_length"] * 6, 3),
+        (_not_json, ["unreadable"] * 6, 3),
+        (_other_json, ["unreadable"] * 6, 3),
+        (_mixed, [1.0, "not_finite", "wrong_type", "raised", "wrong_type", "wrong_type"], 1),
+        (_second_time, [1.0] * 6, 2),
+        (_overloaded, [1.0] * 6, 2),
+    ],
+)
+async def test_an_endpoint_that_misbehaves(
+    behave: Callable[[int, list[Any]], Awaitable[Any]], expected: list[float | str], num_requests: int
+) -> None:
+    server = Server(behave)
+    async with server.up() as url:
+        assert await scored(reward(url, batch_size=6, max_backoff_s=0.3), ["x"] * 6) == expected
+    assert server.num_requests == num_requests
+
+
+async def test_an_endpoint_that_goes_down_in_mid_run_costs_no_sample() -> None:
+    async def steady(_: int, __: list[Any]) -> None:
+        await asyncio.sleep(0.02)
+
+    staying, leaving = Server(steady), Server()
+
+    async def leave(number: int, _: list[Any]) -> None:
+        if number == 3:
+            asyncio.get_running_loop().call_soon(asyncio.ensure_future, leaving.runner.cleanup())
+            await asyncio.sleep(5)
+
+    leaving._behave = leave
+    async with staying.up() as first, leaving.up() as second:
+        service = reward(first, second, num_concurrent=4, num_attempts=6)
+        assert await scored(service, ["x"] * 60) == [1.0] * 60
+    assert 3 <= leaving.num_requests <= 6 and staying.num_requests >= 60 / 2 - 6
+
+
+async def test_with_no_endpoint_left_samples_fail_and_one_that_comes_back_is_used() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    service = reward(url, num_failures_to_open=2, num_attempts=4)
+    began = time.monotonic()
+    answers = await service.score([sample("x")] * 2)
+    assert brief(answers) == ["unreachable"] * 2
+    assert 0.2 < time.monotonic() - began < 3  # it waited for the endpoint to be tried again
+    server = Server()
+    server.runner = web.AppRunner(web.Application())
+    application = web.Application()
+    application.add_routes([web.post("/score", server._score)])
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", int(url.rpartition(":")[2])).start()
+    assert await scored(service, ["xy"]) == [2.0]
+    await runner.cleanup()
+
+
+def test_an_open_circuit_is_tried_by_one_request_after_its_cooldown() -> None:
+    now = [0.0]
+    endpoints = Endpoints(["a", "b"], num_failures_to_open=2, cooldown_s=10, clock=lambda: now[0])
+    assert [endpoints.take(), endpoints.take(), endpoints.take()] == ["a", "b", "a"]
+    for answered in (False, False):
+        endpoints.give_back("a", answered=answered)
+    assert [endpoints.take(), endpoints.take()] == ["b", "b"]
+    for _ in range(3):
+        endpoints.give_back("b", answered=False)
+    assert endpoints.take() is None and endpoints.wait_s() == 10
+    now[0] = 10
+    assert [endpoints.take(), endpoints.take(), endpoints.take()] == ["a", "b", None]
+    endpoints.give_back("a", answered=False)  # one more failure opens it at once
+    assert endpoints.take() is None
+    endpoints.give_back("b", answered=True)
+    assert [endpoints.take(), endpoints.take()] == ["b", "b"]
+
+
+def test_a_served_model_scores_as_it_does_here(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "score", "llama", head="score")
+    port = free_port()
+    words = [sys.executable, "-m", "launch", "serve-reward", str(folder), "--port", str(port), "--dtype", "float32"]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(
+            [*words, "--max-tokens", "40"], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(url, process, tmp_path / "log")
+        samples = [RewardSample("ASK", f" {'A' * n}", n % 2 == 0, {}) for n in range(12)]
+        samples.append(RewardSample("ASK", "A" * 50, True, {}))
+        answers = asyncio.run(_both(url, samples))
+        tokenizer, model = tiny_models.tokenizer(), load_scorer(ModelConfig(path=str(folder), dtype="float32"))
+        for one, answer in zip(samples[:-1], answers, strict=False):
+            ids = tokenizer(one.prompt + one.response)["input_ids"] + [tokenizer.eos_token_id] * one.finished
+            expected = model(torch.tensor(ids), torch.arange(len(ids)))[-1].item()
+            assert answer == pytest.approx(expected, abs=1e-5)
+        last = answers[-1]
+        assert isinstance(last, RewardFailure) and "54 tokens; a sample has from 1 to 40" in last.detail
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+async def _both(url: str, samples: list[RewardSample]) -> list[Answer]:
+    service = reward(url, batch_size=5, timeout_s=20)
+    try:
+        return await service.score(samples)
+    finally:
+        await service.close()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=1) as response:
+                assert json.load(response)["status"] == "ok"
+                return
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
