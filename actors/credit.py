@@ -1,12 +1,13 @@
-"""Credit assignment: from all columns of an iteration to advantages and returns for every token.
+"""Credit assignment: from all columns of an iteration to an advantage for every token, and returns for a critic.
 
-A role of its own, without a model and without an accelerator, because whitening is over the whole global batch and
-the driver holds no tokens.
+A role of its own, without a model and without an accelerator, because whitening and groups are over the whole global
+batch and the driver holds no tokens.
 
 Invariants:
 
 - Rows of the result are the rows of the rollouts, in their order.
-- Policy and critic get their credit from here alone: they are blind to rewards, KL and the algorithm's discounting.
+- Policy and critic get their credit from here alone: they are blind to rewards, KL in the reward, discounting, and to
+  which algorithm (``algorithms.bundles``) made it.
 - Not one number that is not finite comes through: it is refused with the sample and the column it stands in.
 - Whitening, returns and means are over all rows that are given, in float64, so they depend neither on the order of
   the rows nor on how they were cut into batches, but for the last digit.
@@ -26,22 +27,23 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.errors import RoleError
-from algorithms.advantages import gae, whiten
+from actors.credit_columns import CreditColumns, read_columns
+from algorithms.advantages import whiten
+from algorithms.bundles import CreditInputs, algorithm_of
 from algorithms.config import OnlineConfig
-from algorithms.kl import k1
+from algorithms.corrections import Weights, masked_weights, sequence_masked_weights, truncated_weights
+from algorithms.group_advantages import groups_without_signal
+from algorithms.kl import ESTIMATORS, k1
+from algorithms.packed import spread
 from algorithms.rewards import per_token_rewards, shape_scores
+from algorithms.shaping import overlong_penalty
 from algorithms.statistics import explained_variance
 from cluster.context import RankContext
-from experience.schema import CREDIT, SchemaError, make_batch
+from experience.schema import CREDIT, CREDIT_WITH_RETURNS, make_batch
 from experience.table import join
-from experience.tensors import list_array, list_column, scalar_column
+from experience.tensors import list_array
 
 Batches = Sequence[pa.RecordBatch]
-
-
-class NotFinite(RoleError):
-    """A score, value or log-prob is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,21 @@ class CreditReport:
 
     ``metrics``, each under ``experience/``:
 
-    - ``score``, ``score_std`` of the reward model; ``shaped_score`` after clipping and the rules for a missing EOS;
-      ``reward``, that less the KL penalty: all of them means over samples, before any whitening;
-    - ``kl_per_sample``, summed over a sample's tokens, and ``kl_per_token``: behaviour to reference, k1, in nats;
+    - ``score``, ``score_std`` of the reward model; ``shaped_score`` after clipping, the rules for a missing EOS and the
+      penalty of overlong responses; ``reward``, that less the KL penalty where it is in the reward: all of them means
+      over samples, before any whitening;
     - ``response_tokens``, its mean, ``response_tokens_max``, ``truncated_fraction`` of samples that did not end;
-    - ``value``, ``return``, ``explained_variance``, ``advantage``, ``advantage_std`` (before whitening), over tokens;
+    - ``advantage``, ``advantage_std`` (before whitening), over tokens;
     - ``staleness_mean``, ``staleness_max``: policy versions between drawing a token and training on it;
-    - ``engine_logprob_gap``, ``engine_logprob_gap_max``: distance between the engine's log-probs and the ones that the
-      policy's ranks recomputed, where they did.
+    - with a reference, ``kl_per_sample``, summed over a sample's tokens, and ``kl_per_token``: behaviour to reference,
+      k1, in nats;
+    - with a critic, ``value``, ``return``, ``explained_variance``, over tokens;
+    - with a baseline, ``baseline_score``, its mean over samples;
+    - with groups, ``no_signal_fraction`` of samples in whose group all scores are equal;
+    - where the policy's ranks recompute log-probs, ``engine_logprob_gap``, ``engine_logprob_gap_max``: distance between
+      the engine's and theirs;
+    - with a correction, ``correction_fraction`` of tokens that it cut or masked, ``correction_weight``, the mean
+      weight, and ``correction_kl``, k3 of KL(engine, policy's ranks) in nats.
     """
 
     metrics: dict[str, float]
@@ -65,32 +74,19 @@ class CreditReport:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of N samples with T response tokens in all; numbers in float64."""
-
-    sample_ids_N: Tensor
-    offsets: Tensor
-    scores_N: Tensor
-    finished_N: Tensor
-    staleness_T: Tensor
-    rollout_logprobs_T: Tensor
-    ref_logprobs_T: Tensor
-    values_T: Tensor
-    policy_logprobs_T: Tensor | None
-
-    @property
-    def behaviour_logprobs_T(self) -> Tensor:
-        """What the ratio divides by: recomputed by the policy's ranks where configured, else the engine's own."""
-        return self.rollout_logprobs_T if self.policy_logprobs_T is None else self.policy_logprobs_T
-
-
 class CreditActor:
     """Computes rewards, advantages and returns."""
 
-    def __init__(self, context: RankContext, algorithm: OnlineConfig) -> None:
+    def __init__(self, context: RankContext, config: OnlineConfig, max_response_tokens: int) -> None:
+        """``max_response_tokens``: the longest response that generation allows.
+
+        Raises:
+            AlgorithmError: the algorithm is one of the user's own, and cannot be imported here.
+        """
         torch.set_num_threads(context.num_threads)
-        self._algorithm = algorithm
+        self._config = config
+        self._algorithm = algorithm_of(config.name)
+        self._max_response_tokens = max_response_tokens
 
     def assign(
         self,
@@ -99,14 +95,16 @@ class CreditActor:
         values: Batches,
         scores: Batches,
         policy_logprobs: Batches,
+        baseline_scores: Batches,
         kl_coefficient: float,
         policy_version: int,
         keep_at: Path | None,
     ) -> tuple[pa.RecordBatch, CreditReport]:
-        """The CREDIT of an iteration's rows.
+        """The CREDIT of an iteration's rows; with values CREDIT_WITH_RETURNS.
 
         Args:
-            rollouts, ref_logprobs, values, scores: the iteration's columns, each in one or several batches.
+            rollouts, scores: the iteration's columns, each in one or several batches.
+            ref_logprobs, values, baseline_scores: the same, or no batch where the run has no such role.
             policy_logprobs: the same of the policy's ranks, or no batch where they are not recomputed. Where they
                 are there, the KL penalty and the ratio are of them, and not of the engine's log-probs.
             policy_version: the version that training starts from.
@@ -116,129 +114,140 @@ class CreditActor:
             SchemaError: the columns are not of the same rows, a response is empty or ended for an unknown reason, or
                 a token was drawn by a version that is yet to come.
             NotFinite: a number is NaN or infinite.
+            AlgorithmError: the algorithm lacks something that the run does not have.
         """
         began = time.perf_counter()
-        given = [rollouts, ref_logprobs, values, scores, *([policy_logprobs] if policy_logprobs else [])]
-        columns = _columns(join(*given).table, policy_version, bool(policy_logprobs))
-        _require_finite(columns)
+        parts = (rollouts, ref_logprobs, values, scores, policy_logprobs, baseline_scores)
+        given = [part for part in parts if part]
+        columns = read_columns(join(*given).table, policy_version)
         shaped_N, rewards_T = self._rewards(columns, kl_coefficient)
-        whitened_T = whiten(rewards_T, shift_mean=False) if self._algorithm.reward.whiten else rewards_T
-        advantages_T, returns_T = gae(
-            whitened_T, columns.values_T, columns.offsets, self._algorithm.gamma, self._algorithm.gae_lambda
-        )
-        metrics = _metrics(columns, shaped_N, rewards_T, advantages_T, returns_T)
-        if self._algorithm.whiten_advantages:
+        inputs = self._inputs(columns, rewards_T)
+        advantages_T, returns_T = self._algorithm.credit(inputs)
+        weights_T, corrected = self._weights(columns)
+        metrics = _metrics(columns, shaped_N, rewards_T, advantages_T, returns_T) | corrected
+        if self._config.whiten_advantages:
             advantages_T = whiten(advantages_T)
-        credit = make_batch(
-            CREDIT,
-            {
-                "sample_id": pa.array(columns.sample_ids_N.numpy()),
-                "advantages": list_array(advantages_T.float(), columns.offsets),
-                "returns": list_array(returns_T.float(), columns.offsets),
-                "behaviour_logprobs": list_array(columns.behaviour_logprobs_T.float(), columns.offsets),
-            },
-        )
+        credit = _credit(columns, advantages_T, returns_T, weights_T)
         if keep_at is not None:
             facts = {"policy_version": policy_version, "kl_coefficient": kl_coefficient}
             join(*given, [credit]).write(keep_at, facts)
         return credit, CreditReport(metrics, kl_coefficient, time.perf_counter() - began)
 
-    def _rewards(self, columns: _Columns, kl_coefficient: float) -> tuple[Tensor, Tensor]:
+    def _rewards(self, columns: CreditColumns, kl_coefficient: float) -> tuple[Tensor, Tensor]:
         """Shaped scores (N,) and what each token earns (T,)."""
-        shaping = self._algorithm.reward
+        shaped_N = self._shaped(columns.scores_N, columns.finished_N, columns.offsets.diff())
+        behaviour_T, reference_T = columns.behaviour_logprobs_T, columns.ref_logprobs_T
+        if reference_T is None or self._config.kl.placement == "loss":
+            reference_T, kl_coefficient = behaviour_T, 0.0
+        estimator = ESTIMATORS[self._config.kl.estimator_used]
+        rewards_T = per_token_rewards(
+            shaped_N, behaviour_T, reference_T, columns.offsets, kl_coefficient, estimator
+        )
+        return shaped_N, rewards_T
+
+    def _shaped(self, scores_N: Tensor, finished_N: Tensor, lengths_N: Tensor) -> Tensor:
+        shaping = self._config.reward
         shaped_N = shape_scores(
-            columns.scores_N,
-            columns.finished_N,
+            scores_N,
+            finished_N,
             clip=shaping.clip,
             missing_eos_score=shaping.missing_eos_score,
             missing_eos_penalty=shaping.missing_eos_penalty,
         )
-        rewards_T = per_token_rewards(
-            shaped_N, columns.behaviour_logprobs_T, columns.ref_logprobs_T, columns.offsets, kl_coefficient
+        if (margin := shaping.overlong_margin_tokens) is None:
+            return shaped_N
+        penalties_N = overlong_penalty(lengths_N, max_tokens=self._max_response_tokens, margin_tokens=margin)
+        return shaped_N + shaping.overlong_penalty * penalties_N.to(shaped_N)
+
+    def _inputs(self, columns: CreditColumns, rewards_T: Tensor) -> CreditInputs:
+        return CreditInputs(
+            rewards_T=whiten(rewards_T, shift_mean=False) if self._config.reward.whiten else rewards_T,
+            offsets=columns.offsets,
+            group_ids_N=columns.prompt_ids_N,
+            values_T=columns.values_T,
+            baseline_scores_N=columns.baseline_scores_N,
+            gamma=self._config.gamma,
+            gae_lambda=self._config.gae_lambda,
         )
-        return shaped_N, rewards_T
+
+    def _weights(self, columns: CreditColumns) -> tuple[Tensor, dict[str, float]]:
+        """What each token's policy loss is weighed with (T,), and what a correction touched."""
+        weights_T, metrics = _correction(self._config, columns)
+        if self._config.mask_truncated:
+            weights_T = weights_T * spread(columns.finished_N.double(), columns.offsets)
+        return weights_T, {f"experience/{name}": float(value) for name, value in metrics.items()}
 
 
-def _columns(table: pa.Table, policy_version: int, recomputed: bool) -> _Columns:
-    """A joined table's columns, each sample's facts checked but for its numbers being finite."""
-    logprobs, versions = list_column(table, "rollout_logprobs"), list_column(table, "policy_versions")
-    sample_ids = table.column("sample_id").to_pylist()
-    if not sample_ids:
-        raise SchemaError("experience: no rows to assign credit to")
-    for sample, length in zip(sample_ids, logprobs.lengths.tolist(), strict=True):
-        if length == 0:
-            raise SchemaError(f"experience: the response of sample {sample} has no token to carry its score")
-    reasons = table.column("finish_reason").to_pylist()
-    for sample, reason in zip(sample_ids, reasons, strict=True):
-        if reason not in ("stop", "length"):
-            raise SchemaError(f"experience: finish_reason of sample {sample} is {reason!r}; it is stop or length")
-    staleness_T = policy_version - versions.values
-    if bool((ahead := staleness_T < 0).any()):
-        row = _row_of(versions.offsets, token := int(ahead.nonzero()[0]))
-        drawn = f"sample {sample_ids[row]} has a token of policy version {int(versions.values[token])}"
-        raise SchemaError(f"experience: {drawn}, but training starts from version {policy_version}")
-    return _Columns(
-        sample_ids_N=torch.tensor(sample_ids, dtype=torch.int64),
-        offsets=logprobs.offsets,
-        scores_N=scalar_column(table, "score").double(),
-        finished_N=torch.tensor([reason == "stop" for reason in reasons]),
-        staleness_T=staleness_T,
-        rollout_logprobs_T=logprobs.values.double(),
-        ref_logprobs_T=list_column(table, "ref_logprobs").values.double(),
-        values_T=list_column(table, "values").values.double(),
-        policy_logprobs_T=list_column(table, "policy_logprobs").values.double() if recomputed else None,
-    )
+def _correction(config: OnlineConfig, columns: CreditColumns) -> Weights:
+    """Weights (T,) of tokens for who drew them, and metrics."""
+    rollout_T, denominator = columns.rollout_logprobs_T, float(len(columns.rollout_logprobs_T))
+    proximal_T, bounds = columns.policy_logprobs_T, config.correction
+    if proximal_T is None or bounds.method == "none":
+        return torch.ones_like(rollout_T), {}
+    match bounds.method:
+        case "truncated":
+            return truncated_weights(proximal_T, rollout_T, cap=bounds.cap, denominator=denominator)
+        case "decoupled":
+            return masked_weights(proximal_T, rollout_T, low=0.0, high=bounds.cap, denominator=denominator)
+        case "masked":
+            return masked_weights(
+                proximal_T, rollout_T, low=bounds.low, high=bounds.high, denominator=denominator
+            )
+        case "sequence_masked":
+            return sequence_masked_weights(
+                proximal_T, rollout_T, columns.offsets, low=bounds.low, high=bounds.high, denominator=denominator
+            )
 
 
-def _row_of(offsets: Tensor, token: int) -> int:
-    """The row that a token of the packed values belongs to."""
-    return int(torch.searchsorted(offsets, token, right=True)) - 1
+def _credit(
+    columns: CreditColumns, advantages_T: Tensor, returns_T: Tensor | None, weights_T: Tensor
+) -> pa.RecordBatch:
+    def per_token(numbers_T: Tensor) -> pa.ListArray:
+        return list_array(numbers_T.float(), columns.offsets)
 
-
-def _require_finite(columns: _Columns) -> None:
-    per_token = {
-        "rollout_logprobs": columns.rollout_logprobs_T,
-        "ref_logprobs": columns.ref_logprobs_T,
-        "values": columns.values_T,
-        "policy_logprobs": columns.policy_logprobs_T,
+    credit = {
+        "sample_id": pa.array(columns.sample_ids_N.numpy()),
+        "advantages": per_token(advantages_T),
+        "behaviour_logprobs": per_token(columns.behaviour_logprobs_T),
+        "loss_weights": per_token(weights_T),
     }
-    for name, column_T in per_token.items():
-        if column_T is None or not bool((wrong := ~column_T.isfinite()).any()):
-            continue
-        row = _row_of(columns.offsets, token := int(wrong.nonzero()[0]))
-        sample, at = int(columns.sample_ids_N[row]), token - int(columns.offsets[row])
-        value = float(column_T[token])
-        raise NotFinite(f"sample {sample}: {name} of response token {at} is {value}; it must be a finite number")
-    if bool((wrong := ~columns.scores_N.isfinite()).any()):
-        row = int(wrong.nonzero()[0])
-        sample, score = int(columns.sample_ids_N[row]), float(columns.scores_N[row])
-        raise NotFinite(f"sample {sample}: score is {score}; a reward model must give a finite number")
+    if returns_T is None:
+        return make_batch(CREDIT, credit)
+    return make_batch(CREDIT_WITH_RETURNS, credit | {"returns": per_token(returns_T)})
 
 
 def _metrics(
-    columns: _Columns, shaped_N: Tensor, rewards_T: Tensor, advantages_T: Tensor, returns_T: Tensor
+    columns: CreditColumns, shaped_N: Tensor, rewards_T: Tensor, advantages_T: Tensor, returns_T: Tensor | None
 ) -> dict[str, float]:
     lengths_N = columns.offsets.diff().double()
     num_samples = len(lengths_N)
-    kl_T = k1(columns.behaviour_logprobs_T, columns.ref_logprobs_T)
     metrics = {
         "score": columns.scores_N.mean(),
         "score_std": columns.scores_N.std(correction=0),
         "shaped_score": shaped_N.mean(),
         "reward": rewards_T.sum() / num_samples,
-        "kl_per_sample": kl_T.sum() / num_samples,
-        "kl_per_token": kl_T.mean(),
         "response_tokens": lengths_N.mean(),
         "response_tokens_max": lengths_N.max(),
         "truncated_fraction": (~columns.finished_N).double().mean(),
-        "value": columns.values_T.mean(),
-        "return": returns_T.mean(),
-        "explained_variance": explained_variance(columns.values_T, returns_T),
         "advantage": advantages_T.mean(),
         "advantage_std": advantages_T.std(correction=0),
         "staleness_mean": columns.staleness_T.double().mean(),
         "staleness_max": columns.staleness_T.max(),
     }
+    if columns.ref_logprobs_T is not None:
+        kl_T = k1(columns.behaviour_logprobs_T, columns.ref_logprobs_T)
+        metrics |= {"kl_per_sample": kl_T.sum() / num_samples, "kl_per_token": kl_T.mean()}
+    if columns.values_T is not None and returns_T is not None:
+        metrics |= {
+            "value": columns.values_T.mean(),
+            "return": returns_T.mean(),
+            "explained_variance": explained_variance(columns.values_T, returns_T),
+        }
+    if columns.baseline_scores_N is not None:
+        metrics |= {"baseline_score": columns.baseline_scores_N.mean()}
+    if len(set(columns.prompt_ids_N.tolist())) < num_samples:
+        without_N = groups_without_signal(columns.scores_N, columns.prompt_ids_N)
+        metrics |= {"no_signal_fraction": without_N.double().mean()}
     if columns.policy_logprobs_T is not None:
         gap_T = (columns.policy_logprobs_T - columns.rollout_logprobs_T).abs()
         metrics |= {"engine_logprob_gap": gap_T.mean(), "engine_logprob_gap_max": gap_T.max()}

@@ -1,4 +1,4 @@
-"""The critic: a model with one output a token, that PPO trains to foretell the return.
+"""The critic: a model with one output a token, that learns to foretell the return.
 
 Invariant: the value of response token t is predicted from the prefix *before* t, the position that the policy
 draws t from; so it never sees what it is the baseline of.
@@ -21,11 +21,11 @@ from actors.models import load_scorer
 from actors.packed import ResponsePack, Samples
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
-from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
+from actors.updates import ScheduledUpdates, Size, all_ids, summarise, train_minibatches
 from algorithms.config import OnlineConfig
 from algorithms.losses import clipped_value_loss
 from cluster.context import RankContext
-from experience.schema import CREDIT, VALUES, check_schema, require_same_rows
+from experience.schema import CREDIT_WITH_RETURNS, VALUES, check_schema, require_same_rows
 from experience.tensors import list_column
 
 
@@ -86,7 +86,7 @@ class CriticActor:
         """
         started = time.perf_counter()
         ids = all_ids(rollouts)
-        for columns, schema in ((values, VALUES), (credit, CREDIT)):
+        for columns, schema in ((values, VALUES), (credit, CREDIT_WITH_RETURNS)):
             for batch in columns:
                 check_schema(batch, schema)
             require_same_rows(ids, pa.Table.from_batches(list(columns)))
@@ -119,13 +119,13 @@ class CriticActor:
         """Go on from what ``save`` wrote. Collective."""
         self._engine.load(folder)
 
-    def _loss(self, model: nn.Module, pack: _CriticPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def _loss(self, model: nn.Module, pack: _CriticPack, size: Size) -> tuple[Tensor, Mapping[str, Tensor]]:
         return clipped_value_loss(
             _values(model, pack.samples),
             pack.rollout_values_S,
             pack.returns_S,
             clip_value=self._algorithm.clip_value,
-            denominator=num_tokens,
+            denominator=size.num_tokens,
         )
 
 

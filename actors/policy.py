@@ -1,51 +1,36 @@
-"""The policy: the causal language model that PPO trains.
+"""The policy: the causal language model that learns from scores of its own responses.
 
 Invariants:
 
 - All ranks are given the same batch and plan it alike, so they agree on minibatches and micro-batches without talking.
 - Log-probs are of the distribution that was sampled from: logits are divided by the sampling temperature.
-- The policy is blind to rewards: it sees advantages and the log-probs to divide by, as columns.
+- The policy is blind to rewards and to how credit is assigned: it sees advantages, the log-probs to divide by and
+  the weights of the loss, as columns.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from torch import Tensor, nn
 
 from actors.config import PolicyConfig, SamplingConfig
-from actors.deepspeed_engine import MAX_SUFFIX, TrainEngine
+from actors.deepspeed_engine import TrainEngine
 from actors.models import load_causal_lm, load_tokenizer
-from actors.packed import ResponsePack, Samples, response_logprobs
+from actors.packed import Samples, response_logprobs
+from actors.policy_loss import DEVIATION, GAP, PolicyBatch, PolicyObjective, PolicyPack
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
-from actors.updates import ScheduledUpdates, all_ids, summarise, train_minibatches
+from actors.updates import ScheduledUpdates, Size, all_ids, summarise, train_minibatches
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta
 from actors.weight_sender import WeightSender, layout_of
 from actors.weights import WeightBucket, WeightManifest, WeightPart
 from algorithms.config import OnlineConfig
-from algorithms.logprobs import entropy, token_logprobs
-from algorithms.losses import clipped_policy_loss
 from cluster.context import RankContext
-from experience.schema import CREDIT, POLICY_LOGPROBS, REF_LOGPROBS, check_schema, require_same_rows
-from experience.tensors import list_column
-
-_DEVIATION = f"ratio_deviation{MAX_SUFFIX}"
-_GAP = "logprob_gap"
-
-
-@dataclass(frozen=True)
-class _PolicyPack:
-    """A micro-batch with its credit, each (S,)."""
-
-    samples: ResponsePack
-    advantages_S: Tensor
-    behaviour_logprobs_S: Tensor
+from experience.schema import POLICY_LOGPROBS, REF_LOGPROBS
 
 
 class PolicyActor:
@@ -64,10 +49,12 @@ class PolicyActor:
 
         Raises:
             ModelError: model or tokenizer cannot be loaded.
+            AlgorithmError: the algorithm is one of the user's own, and cannot be imported here.
         """
         self._context = context
         self._config = config
-        self._algorithm = algorithm
+        self._num_epochs = algorithm.num_epochs
+        self._objective = PolicyObjective(algorithm, sampling)
         self._temperature = sampling.temperature
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
         self._tokenizer = load_tokenizer(config.model)
@@ -93,30 +80,36 @@ class PolicyActor:
             return self._logprobs(rollouts, REF_LOGPROBS)
 
     def train(
-        self, iteration: int, rollouts: Sequence[pa.RecordBatch], credit: Sequence[pa.RecordBatch]
+        self,
+        iteration: int,
+        rollouts: Sequence[pa.RecordBatch],
+        credit: Sequence[pa.RecordBatch],
+        ref_logprobs: Sequence[pa.RecordBatch] = (),
+        kl_coefficient: float = 0.0,
     ) -> TrainReport:
         """All epochs and minibatches of one iteration. Collective; same arguments, and same report, on every rank.
+
+        Args:
+            ref_logprobs: by the reference, where the KL is in the loss; else no batch.
+            kl_coefficient: of that KL.
 
         Metrics are means over the iteration's updates, but for ``first_ratio_max_deviation``: the largest distance
         of a ratio from 1 on the first minibatch, which is numerical noise where nothing is wrong.
 
         Raises:
-            SchemaError: credit is not of the rollouts' rows.
+            SchemaError: credit or the reference's log-probs are not of the rollouts' rows.
             TrainingDiverged: loss or gradient of an update is not finite; that update was not applied.
         """
         started = time.perf_counter()
-        ids = all_ids(rollouts)
-        for batch in credit:
-            check_schema(batch, CREDIT)
-        require_same_rows(ids, pa.Table.from_batches(list(credit)))
         samples = Samples(rollouts)
-        advantages, behaviour = list_column(credit, "advantages"), list_column(credit, "behaviour_logprobs")
+        batch = PolicyBatch(all_ids(rollouts), samples, credit, ref_logprobs)
         device = self._engine.device
 
-        def make_pack(rows: Sequence[int]) -> _PolicyPack:
-            return _PolicyPack(
-                samples.pack(rows, device), advantages.gather(rows).to(device), behaviour.gather(rows).to(device)
-            )
+        def make_pack(rows: Sequence[int]) -> PolicyPack:
+            return batch.pack(rows, device)
+
+        def loss(model: nn.Module, pack: PolicyPack, size: Size) -> tuple[Tensor, Mapping[str, Tensor]]:
+            return self._objective.loss(model, pack, size, kl_coefficient)
 
         reports = train_minibatches(
             self._engine,
@@ -125,13 +118,13 @@ class PolicyActor:
             self._context,
             self._config.max_tokens_per_pack,
             make_pack,
-            self._loss,
+            loss,
         )
-        num_tokens = sum(samples.lengths) * self._algorithm.num_epochs
+        num_tokens = sum(samples.lengths) * self._num_epochs
         report = summarise(reports, num_tokens, time.perf_counter() - started)
         # Only before the first update is the policy the one that sampled.
-        first = {"first_ratio_max_deviation": reports[0][_DEVIATION], "first_logprob_gap": reports[0][_GAP]}
-        metrics = {name: value for name, value in report.metrics.items() if name not in (_DEVIATION, _GAP)}
+        first = {"first_ratio_max_deviation": reports[0][DEVIATION], "first_logprob_gap": reports[0][GAP]}
+        metrics = {name: value for name, value in report.metrics.items() if name not in (DEVIATION, GAP)}
         return TrainReport(metrics | first, report.num_tokens, report.seconds)
 
     def weight_buckets(
@@ -209,28 +202,3 @@ class PolicyActor:
             max_tokens=self._config.max_tokens_per_pack,
             schema=schema,
         )
-
-    def _loss(self, model: nn.Module, pack: _PolicyPack, num_tokens: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        samples = pack.samples
-        logits_SV = model(samples.packed.tokens, samples.packed.position_ids, samples.positions_S)
-        logprobs_S = token_logprobs(logits_SV, samples.targets_S, self._temperature)
-        coefficient = self._algorithm.entropy_coefficient
-        with torch.set_grad_enabled(coefficient > 0):
-            entropy_S = entropy(logits_SV, self._temperature)
-        loss, metrics = clipped_policy_loss(
-            logprobs_S,
-            pack.behaviour_logprobs_S,
-            pack.advantages_S,
-            clip_ratio=self._algorithm.clip_ratio,
-            denominator=num_tokens,
-            entropy_T=entropy_S,
-            entropy_coefficient=coefficient,
-        )
-        with torch.no_grad():
-            difference_S = logprobs_S.detach() - pack.behaviour_logprobs_S
-            deviation = difference_S.exp().sub(1).abs()
-            extra = {
-                _DEVIATION: deviation.max() if len(deviation) else deviation.sum(),
-                _GAP: difference_S.abs().sum() / num_tokens,
-            }
-        return loss, {**metrics, **extra}

@@ -25,8 +25,18 @@ from experience.packing import minibatches, plan_packs
 from experience.schema import ROLLOUT, check_schema
 
 P = TypeVar("P")
-#: Maps a model, a micro-batch and the number of response tokens of the whole minibatch to loss and metrics.
-MinibatchLoss = Callable[[nn.Module, P, int], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Response tokens and samples of a whole minibatch, over all ranks."""
+
+    num_tokens: int
+    num_samples: int
+
+
+#: Maps a model, a micro-batch and the size of the whole minibatch to loss and metrics.
+MinibatchLoss = Callable[[nn.Module, P, Size], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -96,16 +106,15 @@ def train_minibatches(
         plan = plan_packs([samples.lengths[row] for row in minibatch.rows], context.num_ranks, max_tokens)
         packs = [make_pack([minibatch.rows[unit] for unit in units]) for units in plan.packs[context.rank]]
         num_tokens = max(1, sum(samples.response_lengths[row] for row in minibatch.rows))
-
-        bound = partial(_of_minibatch, loss, num_tokens)
+        bound = partial(_of_minibatch, loss, Size(num_tokens, len(minibatch.rows)))
         reports.append(engine.step(packs, bound, minibatch.learning_rate, minibatch.where))
     return reports
 
 
 def _of_minibatch(
-    loss: MinibatchLoss[P], num_tokens: int, model: nn.Module, pack: P
+    loss: MinibatchLoss[P], size: Size, model: nn.Module, pack: P
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    return loss(model, pack, num_tokens)
+    return loss(model, pack, size)
 
 
 def summarise(reports: Sequence[Mapping[str, float]], num_tokens: int, seconds: float) -> TrainReport:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from algorithms.errors import AlgorithmError
+from algorithms.needs import BUILT_IN, Needs, needs_of
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -15,14 +19,41 @@ class _Frozen(BaseModel):
 
 
 class KLConfig(_Frozen):
-    """The penalty that keeps the policy close to the reference, in the reward, token by token."""
+    """The penalty that keeps the policy close to the reference, token by token."""
 
-    coefficient: float = Field(0.05, ge=0, description="Weight of the KL penalty (the first one, where adaptive).")
+    coefficient: float = Field(
+        0.05, ge=0, description="Weight of the KL penalty (the first one, where adaptive). 0 needs no reference. GRPO: "
+        "0.04; Dr. GRPO: 0."
+    )
+    placement: Literal["reward", "loss"] = Field(
+        "reward", description="Part of the reward, as a number (InstructGPT), or a term of the loss, with a gradient "
+        "(GRPO; REINFORCE++ with baseline)."
+    )
+    estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None, description="How a token's KL is estimated; none: k1 in the reward, k3 in the loss (REINFORCE++ with "
+        "baseline: k2)."
+    )
     target: PositiveFloat | None = Field(
         None, description="Adaptive controller (Ziegler 2019): KL per sample, summed over tokens, in nats, that the "
         "coefficient is steered to; none keeps the coefficient fixed."
     )
     horizon_samples: PositiveInt = Field(10_000, description="Samples over which the adaptive coefficient moves.")
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> KLConfig:
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient of 0 in expectation: take k2 or k3, or placement reward")
+        return self
+
+    @property
+    def estimator_used(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator, where none is named too."""
+        return self.estimator or ("k1" if self.placement == "reward" else "k3")
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term of it."""
+        return self.placement == "loss" and self.coefficient > 0
 
 
 class RewardShapingConfig(_Frozen):
@@ -33,28 +64,155 @@ class RewardShapingConfig(_Frozen):
         None, description="Score of a response that did not end by itself; none keeps the reward model's."
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="Subtracted where a response did not end by itself.")
+    overlong_margin_tokens: PositiveInt | None = Field(
+        None, description="DAPO: over these last tokens before the longest response a penalty rises evenly; none: no "
+        "penalty."
+    )
+    overlong_penalty: PositiveFloat = Field(1.0, description="That penalty at the longest response.")
     whiten: bool = Field(False, description="Scale rewards to unit variance over the global batch (mean kept).")
 
 
-class OnlineConfig(_Frozen):
-    """PPO as InstructGPT has it, without the pre-training term."""
+class CorrectionConfig(_Frozen):
+    """Weights for tokens that were drawn by other arithmetic, or older weights, than those in training.
 
-    name: Literal["ppo"] = "ppo"
+    k is exp(log-prob by the policy's ranks before training - log-prob by the engine as it drew the token).
+    """
+
+    method: Literal["none", "truncated", "masked", "sequence_masked", "decoupled"] = Field(
+        "none",
+        description="`truncated`: min(k, cap) (TIS). `masked`: k, or 0 outside of low to high (IcePop). "
+        "`sequence_masked`: 1, or 0 where the sample's geometric mean of k is outside. `decoupled`: k, or 0 above cap "
+        "(AReaL). All of them recompute log-probs, which the ratio is then against.",
+    )
+    cap: PositiveFloat = Field(2.0, description="truncated, decoupled: the largest k (AReaL: 5).")
+    low: float = Field(0.5, ge=0, description="masked, sequence_masked: the smallest k that counts.")
+    high: PositiveFloat = Field(5.0, description="masked, sequence_masked: the largest k that counts.")
+
+    @model_validator(mode="after")
+    def _bounds_belong(self) -> CorrectionConfig:
+        of = {"cap": ("truncated", "decoupled"), "low": (bounded := ("masked", "sequence_masked")), "high": bounded}
+        for key, methods in of.items():
+            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} belongs to {' and '.join(methods)}, not to {self.method}; leave it out")
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        return self
+
+
+PolicyLossName = Literal["clip", "dual_clip", "gspo", "gspo_token", "cispo", "reinforce"]
+
+
+class OnlineConfig(_Frozen):
+    """How a policy learns from scores of its own responses: PPO, GRPO and their kin."""
+
+    name: str = Field(
+        "ppo",
+        description=f"{', '.join(f'`{name}`' for name in BUILT_IN)}, or your own as `my_module:MY_ALGORITHM`.",
+    )
     kl: KLConfig = Field(KLConfig(), description="The penalty towards the reference.")
     reward: RewardShapingConfig = Field(RewardShapingConfig(), description="Shaping of the score.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
-    whiten_advantages: bool = Field(True, description="Mean 0, std 1 over the tokens of the global batch.")
-    clip_ratio: PositiveFloat = Field(0.2, description="The policy ratio is clipped to 1 -+ this.")
+    whiten_advantages: bool = Field(
+        False, description="Mean 0, std 1 over the tokens of the global batch. PPO: true."
+    )
+    policy_loss: PolicyLossName = Field(
+        "clip",
+        description="`clip`: PPO's; `dual_clip`: bounded for negative advantages too; `gspo`, `gspo_token`: the ratio "
+        "of a whole sequence; `cispo`: the clipped ratio as a weight; `reinforce`: no ratio.",
+    )
+    clip_ratio: PositiveFloat | None = Field(
+        None, description="The policy ratio is clipped to 1 -+ this; none: 0.2, and the paper's 3e-4 and 4e-4 for gspo."
+    )
+    clip_low: PositiveFloat | None = Field(None, description="The lower distance, where it is another.")
+    clip_high: PositiveFloat | None = Field(None, description="The upper distance, where it is another (DAPO: 0.28).")
+    clip_dual: float = Field(3.0, gt=1, description="dual_clip: the largest ratio of a negative advantage.")
+    normalise: Literal["tokens", "sequences", "constant"] = Field(
+        "tokens",
+        description="The loss is a mean over the minibatch's tokens; over its samples' means (GRPO); or a sum over "
+        "tokens divided by samples times the longest response (Dr. GRPO).",
+    )
+    mask_truncated: bool = Field(
+        False, description="Responses that did not end by themselves carry no policy loss (DAPO's overlong filter)."
+    )
     clip_value: PositiveFloat | None = Field(0.2, description="New values stay within this of the old; none: no clip.")
     entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     num_epochs: PositiveInt = Field(1, description="Passes over each batch of experience.")
     num_minibatches: PositiveInt = Field(1, description="Optimizer updates per pass.")
     recompute_logprobs: bool = Field(
         False, description="Divide by log-probs that the policy's ranks recompute before training, instead of the "
-        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats)."
+        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it."
     )
+    correction: CorrectionConfig = Field(CorrectionConfig(), description="Weights against engine and age.")
     critic_warmup_iterations: int = Field(0, ge=0, description="First iterations that train the critic alone.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_algorithm(cls, given: Any) -> Any:
+        name = given.get("name", "ppo") if isinstance(given, dict) else None
+        if not isinstance(name, str):
+            return given
+        try:
+            defaults = needs_of(name).defaults
+        except AlgorithmError:
+            return given  # the validator of the name will say so
+        return _merged(defaults, given)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        needs_of(name)
+        return name
+
+    @model_validator(mode="after")
+    def _keys_belong(self) -> OnlineConfig:
+        for key in sorted(self.needs.unread_keys):
+            if self._changed(key):
+                raise ValueError(f"{key} means nothing to {self.name}; leave it out")
+        if self.policy_loss != "dual_clip" and self._changed("clip_dual"):
+            raise ValueError(f"clip_dual belongs to policy_loss dual_clip, not to {self.policy_loss}; leave it out")
+        if self.policy_loss == "reinforce" and any((self.clip_ratio, self.clip_low, self.clip_high)):
+            raise ValueError("policy_loss reinforce has no ratio to clip; leave clip_ratio, clip_low, clip_high out")
+        if self.policy_loss == "cispo" and not (self.clip_ratio or self.clip_high):
+            raise ValueError("policy_loss cispo needs clip_high, which its paper tunes and gives no number for; say 4")
+        if self.reward.overlong_margin_tokens is None and self._changed("reward.overlong_penalty"):
+            raise ValueError("reward.overlong_penalty needs reward.overlong_margin_tokens, over which it rises")
+        return self
+
+    def _changed(self, key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        owner: BaseModel = getattr(self, section) if section else self
+        return bool(getattr(owner, name) != type(owner).model_fields[name].default)
+
+    @property
+    def needs(self) -> Needs:
+        """Roles and samples that the algorithm needs."""
+        return needs_of(self.name)
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether the policy's ranks score the samples before they are trained on."""
+        return self.recompute_logprobs or self.correction.method != "none"
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may be."""
+        low, high = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "cispo": (1.0, 0.2)}.get(
+            self.policy_loss, (0.2, 0.2)
+        )
+        return self.clip_low or self.clip_ratio or low, self.clip_high or self.clip_ratio or high
+
+
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` over ``defaults``, section by section."""
+    merged = {**defaults, **given}
+    for key, default in defaults.items():
+        own = given.get(key, {})
+        if isinstance(own, BaseModel):
+            own = own.model_dump(exclude_unset=True)
+        if isinstance(default, Mapping) and isinstance(own, dict):
+            merged[key] = _merged(default, own)
+    return merged
 
 
 class LearningConfig(_Frozen):

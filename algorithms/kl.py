@@ -6,6 +6,7 @@ Importing this imports no torch: a driver steers the coefficient and touches no 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,9 @@ def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     """
     difference = ref_logprobs_T - logprobs_T
     return difference.expm1() - difference
+
+
+ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Legend: N samples, T their response tokens laid end to end; ``offsets`` (N+1,) i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from algorithms.errors import ShapeMismatch
@@ -47,13 +49,19 @@ def shape_scores(
 
 
 def per_token_rewards(
-    scores_N: Tensor, behaviour_logprobs_T: Tensor, ref_logprobs_T: Tensor, offsets: Tensor, kl_coefficient: float
+    scores_N: Tensor,
+    behaviour_logprobs_T: Tensor,
+    ref_logprobs_T: Tensor,
+    offsets: Tensor,
+    kl_coefficient: float,
+    estimator: Callable[[Tensor, Tensor], Tensor] = k1,
 ) -> Tensor:
-    """``-coefficient * (behaviour - reference)`` on each token, and the score on top of the last, (T,).
+    """``-coefficient * KL(behaviour, reference)`` on each token, and the score on top of the last, (T,).
 
     Summed over a sample this is InstructGPT's ``r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))`` (Ouyang et al. 2022,
-    equation 2, without its pre-training term). The KL is k1 of the policy that drew the tokens, a number: no gradient
-    flows through the reward. The score lands on the last real token (OpenRLHF), not one past it (TRL).
+    equation 2, without its pre-training term), with the KL's estimator k1. It is of the policy that drew the tokens, a
+    number: no gradient flows through the reward. The score lands on the last real token (OpenRLHF), not one past it
+    (TRL).
 
     Raises:
         ShapeMismatch: lengths differ, or a sample has no response token to carry its score.
@@ -63,5 +71,5 @@ def per_token_rewards(
     require_same_length(scores=scores_N, lengths=offsets[1:])
     if bool((empty := offsets.diff() < 1).any()):
         raise ShapeMismatch(f"sample {int(empty.nonzero()[0])} of the batch has no response token to carry its score")
-    rewards_T = -kl_coefficient * k1(behaviour_logprobs_T.detach(), ref_logprobs_T)
+    rewards_T = -kl_coefficient * estimator(behaviour_logprobs_T.detach(), ref_logprobs_T)
     return rewards_T.index_add(0, offsets[1:] - 1, scores_N.to(rewards_T))

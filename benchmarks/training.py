@@ -161,8 +161,8 @@ def experience(rows: list[list[int]], lengths: list[int]) -> tuple[pa.RecordBatc
     given = {
         "sample_id": ids,
         "advantages": lists(advantages),
-        "returns": lists(advantages),
         "behaviour_logprobs": lists(behaviour),
+        "loss_weights": lists(torch.ones_like(advantages)),
     }
     return make_batch(ROLLOUT, rollout), make_batch(CREDIT, given), advantages, behaviour
 

@@ -125,15 +125,22 @@ VALUES = _schema("values", ("sample_id", pa.int64()), ("values", PER_TOKEN_FLOAT
 #: By the reward role.
 SCORES = _schema("scores", ("sample_id", pa.int64()), ("score", pa.float32()))
 
-#: By credit assignment, over the whole batch of a training iteration. ``behaviour_logprobs`` are the ones that
-#: the policy ratio divides by.
-CREDIT = _schema(
-    "credit",
+#: By credit assignment from another response to the same prompt, where the algorithm needs one: its shaped score.
+BASELINE_SCORES = _schema("baseline_scores", ("sample_id", pa.int64()), ("baseline_score", pa.float32()))
+
+_CREDIT: tuple[tuple[str, pa.DataType], ...] = (
     ("sample_id", pa.int64()),
     ("advantages", PER_TOKEN_FLOAT),
-    ("returns", PER_TOKEN_FLOAT),
     ("behaviour_logprobs", PER_TOKEN_FLOAT),
+    ("loss_weights", PER_TOKEN_FLOAT),
 )
+
+#: By credit assignment, over the whole batch of a training iteration. ``behaviour_logprobs`` are the ones that
+#: the policy ratio divides by; ``loss_weights`` what a token's policy loss is multiplied with.
+CREDIT = _schema("credit", *_CREDIT)
+
+#: The same in a run with a critic, which learns ``returns``.
+CREDIT_WITH_RETURNS = _schema("credit_with_returns", *_CREDIT, ("returns", PER_TOKEN_FLOAT))
 
 #: The ledger's rows: one a prompt. ``engine`` and ``policy_version`` are of its last dispatch, -1 where it has none;
 #: ``policy_version`` of a consumed prompt is the one that training on it started from. ``reason`` is of a drop.
@@ -161,7 +168,9 @@ ALL: dict[str, pa.Schema] = {
         POLICY_LOGPROBS,
         VALUES,
         SCORES,
+        BASELINE_SCORES,
         CREDIT,
+        CREDIT_WITH_RETURNS,
         LEDGER,
     )
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from actors.source import SourceActor
@@ -24,13 +24,17 @@ STATE_FILE = "buffer.json"
 
 @dataclass(frozen=True)
 class Scored:
-    """A slice with every column, ready for credit. Each column is one reference a scoring rank, in row order."""
+    """A slice with every column, ready for credit. Each column is one reference a scoring rank, in row order.
+
+    A column of a role that the run lacks has no references.
+    """
 
     rollout: Ref
     ref_logprobs: list[Ref]
     values: list[Ref]
     scores: list[Ref]
     policy_logprobs: list[Ref]
+    baseline_scores: list[Ref] = field(default_factory=list)
 
 
 def complete_iterations(state: BufferState, payloads: Sequence[Scored]) -> tuple[BufferState, list[Scored]]:
@@ -63,10 +67,10 @@ async def keep_buffered(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, payload in enumerate(payloads):
-        for field in fields(payload):
-            column = getattr(payload, field.name)
+        for name in (column.name for column in fields(payload)):
+            column = getattr(payload, name)
             if parts := column if isinstance(column, list) else [column]:
-                await source.call_one(0, SourceActor.keep, parts, _file(folder, number, field.name))
+                await source.call_one(0, SourceActor.keep, parts, _file(folder, number, name))
     (folder / STATE_FILE).write_text(json.dumps(state))
 
 
@@ -85,7 +89,7 @@ async def read_buffered(source: RoleGroup[SourceActor], folder: Path) -> tuple[B
     payloads = []
     for number in range(len(state["chunks"])):
         (rollout,) = await column(number, "rollout")
-        names = ("ref_logprobs", "values", "scores", "policy_logprobs")
+        names = [column_field.name for column_field in fields(Scored) if column_field.name != "rollout"]
         payloads.append(Scored(rollout, *[await column(number, name) for name in names]))
     return state, payloads
 

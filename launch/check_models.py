@@ -58,8 +58,10 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
             longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
             engine = max(longest, config.rollout.max_model_tokens or 0)
             yield WantedModel("policy.model", config.policy.model, "language model", engine)
-            yield WantedModel("critic.model", config.critic.model, "new scorer", longest, same_tokens=True)
-            yield WantedModel("reference.model", config.reference.model, "language model", longest, same_tokens=True)
+            if (critic := config.critic) is not None:
+                yield WantedModel("critic.model", critic.model, "new scorer", longest, same_tokens=True)
+            if (reference := config.reference) is not None:
+                yield WantedModel("reference.model", reference.model, "language model", longest, same_tokens=True)
             yield WantedModel("reward.model", config.reward.model, "scorer", longest)
 
 

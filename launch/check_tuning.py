@@ -39,6 +39,7 @@ def _trained(config: RunConfig) -> Iterator[tuple[str, TrainedRoleConfig, bool]]
     """The trained roles, and whether their model gives scores."""
     if isinstance(config, OnlineRunConfig):
         yield "policy", config.policy, False
-        yield "critic", config.critic, True
+        if config.critic is not None:
+            yield "critic", config.critic, True
     else:
         yield "learner", config.learner, isinstance(config, RewardModelRunConfig)

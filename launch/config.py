@@ -71,7 +71,8 @@ class BaseRunConfig(FrozenConfig):
 
     def placements(self) -> dict[str, PlacementConfig]:
         """The placement of every role of the run, by the role's name."""
-        placed: dict[str, PlacementConfig] = {name: getattr(self, name) for name in self.ROLES}
+        given: dict[str, PlacementConfig | None] = {name: getattr(self, name) for name in self.ROLES}
+        placed = {name: placement for name, placement in given.items() if placement is not None}
         return placed | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
 
     def cpus_wanted(self) -> float:
@@ -123,7 +124,7 @@ class FeedbackRunConfig(LearnerRunConfig):
 
 
 class OnlineRunConfig(BaseRunConfig):
-    """PPO: five roles, each on its own group of processes."""
+    """PPO, GRPO and their kin: each role on its own group of processes. Which there are, the algorithm says."""
 
     RULES = ONLINE_RULES
     ROLES = ("policy", "critic", "reference", "reward", "rollout")
@@ -132,10 +133,22 @@ class OnlineRunConfig(BaseRunConfig):
     algorithm: OnlineConfig = Field(description="How the policy learns.")
     online: OnlineSettings = Field(description="How experience flows.")
     policy: PolicyConfig = Field(description="The model that is trained.")
-    critic: CriticConfig = Field(description="The model that estimates what a prefix is worth.")
-    reference: ReferenceConfig = Field(description="The model that the policy is held close to.")
+    critic: CriticConfig | None = Field(
+        None, description="The model that estimates what a prefix is worth; where the algorithm needs one (PPO), and "
+        "only there."
+    )
+    reference: ReferenceConfig | None = Field(
+        None, description="The model that the policy is held close to. Not needed where algorithm.kl.coefficient is 0, "
+        "nor with an adapter, whose base it is then."
+    )
     reward: RewardConfig = Field(description="The model that scores whole responses.")
     rollout: RolloutConfig = Field(description="The engines that generate.")
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """Whether the policy's own base, its adapter off, is what it is held close to."""
+        wanted = self.algorithm.kl.coefficient > 0
+        return self.reference is None and wanted and self.policy.tuning.has_adapter
 
 
 AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig | FeedbackRunConfig

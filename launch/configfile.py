@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from algorithms.config import PreferenceLoss
+from algorithms.needs import BUILT_IN
 from launch.config import (
     AnyLearnerRunConfig,
     BaseRunConfig,
@@ -32,7 +33,7 @@ from launch.yamltree import YamlTree, to_yaml
 
 RunKind: TypeAlias = type[OnlineRunConfig] | type[AnyLearnerRunConfig]
 ALGORITHMS: Mapping[str, RunKind] = {
-    "ppo": OnlineRunConfig,
+    **dict.fromkeys(BUILT_IN, OnlineRunConfig),
     "pretrain": SupervisedRunConfig,
     "sft": SupervisedRunConfig,
     "reward_model": RewardModelRunConfig,
@@ -82,6 +83,8 @@ def _kind(tree: YamlTree) -> tuple[RunKind, list[Problem]]:
     name = section["name"]
     if isinstance(name, str) and name in ALGORITHMS:
         return ALGORITHMS[name], []
+    if isinstance(name, str) and ":" in name:  # an algorithm of the user's own, by its import path
+        return OnlineRunConfig, []
     return guess, [Problem(tree.where(("algorithm", "name")), f"there is no algorithm {name!r}", f"one of {names}")]
 
 
@@ -101,10 +104,13 @@ def _problems(
         yield from _located(tree, violations(kind.RULES, _valid_sections(tree.values, kind)))
 
 
-def _valid_sections(values: Mapping[str, object], kind: type[BaseRunConfig]) -> dict[str, BaseModel]:
-    sections: dict[str, BaseModel] = {}
+def _valid_sections(values: Mapping[str, object], kind: type[BaseRunConfig]) -> dict[str, BaseModel | None]:
+    sections: dict[str, BaseModel | None] = {}
     for name, info in kind.model_fields.items():
         model = model_of(info.annotation)
+        if name not in values and not info.is_required() and info.default is None:
+            sections[name] = None
+            continue
         if model is None or (name not in values and info.is_required()):
             continue
         try:
@@ -141,7 +147,7 @@ def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Probl
         return Problem(where, f"{name} trains one model, the learner, and has no {key}", right)
     if len(path) == 1 and kind is OnlineRunConfig and key in LearnerRunConfig.model_fields:
         right = "call it `policy`, or set algorithm.name to pretrain, sft, reward_model, dpo ..."
-        return Problem(where, f"ppo trains `policy` and `critic` and has no {key}", right)
+        return Problem(where, f"{_algorithm(tree)} trains {_trained(tree)} and has no {key}", right)
     owner = model_at(kind, path[:-1])
     known = list(owner.model_fields) if owner else []
     elsewhere = [leaf.path for leaf in leaves(kind) if leaf.path[-1] == key]
@@ -165,6 +171,11 @@ def _missing(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
         return Problem(tree.where(path), "is missing", f"{purpose}: at least {least}" if least else purpose)
     what = f"the section is missing, and {_algorithm(tree)} needs it ({purpose[:1].lower()}{purpose[1:]})"
     return Problem(tree.where(path), what, f"add it with at least {least}" if least else "add it")
+
+
+def _trained(tree: YamlTree) -> str:
+    known = BUILT_IN.get(str(_algorithm(tree)))
+    return "`policy` and `critic`" if known is not None and known.critic else "`policy`"
 
 
 def _algorithm(tree: YamlTree) -> object:

@@ -19,21 +19,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.credit import CreditActor, CreditReport
 from actors.critic import CriticActor
 from actors.policy import PolicyActor
-from actors.reference import ReferenceActor
 from actors.reports import TrainReport
-from actors.reward import RewardActor
 from actors.source import SourceActor
 from cluster.group import Ref
 from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
 from launch.buffered import Scored, complete_iterations, read_buffered
 from launch.config import OnlineRunConfig
 from launch.fleet import Generated, RolloutFleet
+from launch.labelling import Labelling
 from launch.online_state import OnlineState
 from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
@@ -51,6 +50,7 @@ class Experience:
     values: list[Ref]
     scores: list[Ref]
     policy_logprobs: list[Ref]
+    baseline_scores: list[Ref]
 
     @classmethod
     def of(cls, batch: Batch[Scored]) -> Experience:
@@ -62,11 +62,12 @@ class Experience:
             [ref for scored in slices for ref in scored.values],
             [ref for scored in slices for ref in scored.scores],
             [ref for scored in slices for ref in scored.policy_logprobs],
+            [ref for scored in slices for ref in scored.baseline_scores],
         )
 
 
 class OnlineDriver:
-    """Runs PPO over its roles until the configured iteration, or until asked to stop."""
+    """Runs an online algorithm over its roles until the configured iteration, or until asked to stop."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class OnlineDriver:
         self._recorder = recorder
         self._stop = stop
         self._experience_dir = experience_dir
+        self._labelling = Labelling(config, roles, recorder)
         samples_per_prompt = config.rollout.sampling.samples_per_prompt
         self._samples_per_prompt = samples_per_prompt
         self._fleet = RolloutFleet(
@@ -140,19 +142,9 @@ class OnlineDriver:
                 scoring.create_task(self._score(slot, generated))
 
     async def _score(self, slot: Slot, generated: Generated) -> None:
-        """Have every scoring role add its column, all at the same time, and put the slice into the buffer."""
-        roles, rollouts, info = self._roles, [generated.rollout], generated.info
-        ref_logprobs, values, scores = await asyncio.gather(
-            roles.reference.columns(ReferenceActor.score, rollouts),
-            roles.critic.columns(CriticActor.score, rollouts),
-            roles.reward.columns(RewardActor.score, rollouts),
-        )
-        recompute = self._config.algorithm.recompute_logprobs
-        policy_logprobs = await roles.policy.columns(PolicyActor.score, rollouts) if recompute else []
-        for role, parts in (("reference", ref_logprobs), ("critic", values), ("reward", scores)):
-            for _, part in parts:
-                self._recorder.count(role, part.num_tokens, part.seconds)
-        columns = ([ref for ref, _ in parts] for parts in (ref_logprobs, values, scores, policy_logprobs))
+        """Have every scoring role add its column, and put the slice into the buffer."""
+        info = generated.info
+        scored = await self._labelling.label(generated.rollout)
         self._state.ledger.score(info.prompt_ids)
         self._buffer.put(
             Chunk(
@@ -164,7 +156,7 @@ class OnlineDriver:
                     oldest_version=info.oldest_version,
                     newest_version=info.newest_version,
                 ),
-                Scored(generated.rollout, *columns),
+                scored,
             )
         )
 
@@ -175,6 +167,9 @@ class OnlineDriver:
             batch = await self._buffer.take()
             watch.lap("wait_for_experience")
             experience = Experience.of(batch)
+            if self._labelling.recomputes_late:
+                policy_logprobs = await self._labelling.recompute(experience.rollouts)
+                experience = replace(experience, policy_logprobs=policy_logprobs)
             credit, credit_report = await self._assign_credit(experience)
             watch.lap("assign_credit")
             reports = await self._train_and_publish(experience, credit)
@@ -202,25 +197,41 @@ class OnlineDriver:
             experience.values,
             experience.scores,
             experience.policy_logprobs,
+            experience.baseline_scores,
             self._state.kl.coefficient,
             self._state.iteration,
             self._experience_file(),
         )
 
     async def _train_and_publish(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
-        """One iteration of both trained roles, at the same time, each on its own ranks.
+        """One iteration of the trained roles, at the same time, each on its own ranks.
 
         The policy's weights go to the engines as soon as it is done, whether or not the critic is.
         """
+        reports = await asyncio.gather(
+            self._policy_iteration(experience, credit), self._critic_iteration(experience, credit)
+        )
+        return {**reports[0], **reports[1]}
+
+    async def _critic_iteration(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
+        if (critic := self._roles.critic) is None:
+            return {}
         iteration = self._state.iteration
-        critic = self._roles.critic.call(CriticActor.train, iteration, experience.rollouts, experience.values, [credit])
-        policy_reports, critic_reports = await asyncio.gather(self._policy_iteration(experience, credit), critic)
-        return {**policy_reports, "critic": critic_reports[0]}
+        done = await critic.call(CriticActor.train, iteration, experience.rollouts, experience.values, [credit])
+        return {"critic": done[0]}
 
     async def _policy_iteration(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
         iteration, reports = self._state.iteration, {}
         if iteration >= self._config.algorithm.critic_warmup_iterations:
-            done = await self._roles.policy.call(PolicyActor.train, iteration, experience.rollouts, [credit])
+            ref_logprobs = experience.ref_logprobs if self._config.algorithm.kl.in_loss else []
+            done = await self._roles.policy.call(
+                PolicyActor.train,
+                iteration,
+                experience.rollouts,
+                [credit],
+                ref_logprobs,
+                self._state.kl.coefficient,
+            )
             reports["policy"] = done[0]
         await self._publish(iteration + 1)
         return reports

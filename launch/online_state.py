@@ -129,13 +129,14 @@ class OnlineState:
         self.iteration += 1
 
     def adapt_kl(self, report: CreditReport) -> None:
-        """Steer the KL coefficient by the batch that was trained on."""
-        self.kl = self.kl.updated(report.metrics["experience/kl_per_sample"], self._config.online.batch_size)
+        """Steer the KL coefficient by the batch that was trained on; without a reference there is none to steer."""
+        if (kl := report.metrics.get("experience/kl_per_sample")) is not None:
+            self.kl = self.kl.updated(kl, self._config.online.batch_size)
 
     @property
     def num_iterations(self) -> int:
         """Iterations of the whole run."""
-        assert self._config.run.num_iterations is not None, "launch.config requires run.num_iterations of PPO"
+        assert self._config.run.num_iterations is not None, "launch.rules require run.num_iterations"
         return self._config.run.num_iterations
 
     @property
@@ -167,10 +168,10 @@ class OnlineState:
             "buffered": [asdict(drawn) for drawn in self._pending if not ready.isdisjoint(drawn.prompt_ids)],
         }
         with self._store.writing(self.iteration) as folder:
-            await asyncio.gather(
-                roles.policy.call(PolicyActor.save, folder / "policy"),
-                roles.critic.call(CriticActor.save, folder / "critic"),
-            )
+            saving = [roles.policy.call(PolicyActor.save, folder / "policy")]
+            if roles.critic is not None:
+                saving.append(roles.critic.call(CriticActor.save, folder / "critic"))
+            await asyncio.gather(*saving)
             await keep_buffered(roles.source, buffer, payloads, folder / BUFFER_FOLDER)
             write_table(pa.Table.from_batches([ledger]), folder / LEDGER_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state))

@@ -38,9 +38,10 @@ This page is written by `make docs` from the configuration models."""
 
 KINDS = (
     (
-        "PPO",
+        "PPO, GRPO and their kin",
         OnlineRunConfig,
-        "`algorithm.name: ppo`. Five roles with a model, each in processes of its own. "
+        "`algorithm.name: ppo`, or another of [algorithms.md](algorithms.md), which says what roles there are: up to "
+        "five with a model, each in processes of its own. "
         "[`ray_config.yaml`](../ray_config.yaml) is a commented example.",
     ),
     (

@@ -50,12 +50,12 @@ class SupervisedRoles:
 
 @dataclass(frozen=True)
 class OnlineRoles:
-    """The roles of PPO."""
+    """The roles of an online run; none where it does without."""
 
     source: RoleGroup[SourceActor]
     policy: RoleGroup[PolicyActor]
-    critic: RoleGroup[CriticActor]
-    reference: RoleGroup[ReferenceActor]
+    critic: RoleGroup[CriticActor] | None
+    reference: RoleGroup[ReferenceActor] | None
     reward: RoleGroup[RewardActor]
     rollout: RoleGroup[RolloutActor]
     credit: RoleGroup[CreditActor]
@@ -78,9 +78,10 @@ async def supervised_roles(config: LearnerRunConfig, log_dir: Path) -> AsyncIter
 
 @asynccontextmanager
 async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[OnlineRoles]:
-    """Place and start the roles of a PPO run, all at the same time; end them on the way out."""
-    policy, critic = _resolved(config.policy), _resolved(config.critic)
-    reference, reward = _resolved(config.reference), _resolved(config.reward)
+    """Place and start the roles of an online run, all at the same time; end them on the way out."""
+    policy, reward = _resolved(config.policy), _resolved(config.reward)
+    critic = None if config.critic is None else _resolved(config.critic)
+    reference = None if config.reference is None else _resolved(config.reference)
     sampling, algorithm, seed = config.rollout.sampling, config.algorithm, config.run.seed
     num_iterations = config.run.num_iterations
     data = resolve_data(config.data)
@@ -92,17 +93,20 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             learned = starting.create_task(
                 start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations))
             )
-            valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
-            referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
+            valued = referred = None
+            if critic is not None:
+                valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
+            if reference is not None:
+                referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
             rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
             engine_args = (rollout, policy.model, seed, adapter_rank(policy, rollout))
             rolled_out = starting.create_task(start(RolloutActor, "rollout", engine_args))
-            credited = starting.create_task(start(CreditActor, "credit", (algorithm,)))
+            credited = starting.create_task(start(CreditActor, "credit", (algorithm, sampling.max_response_tokens)))
         yield OnlineRoles(
             source.result(),
             learned.result(),
-            valued.result(),
-            referred.result(),
+            valued.result() if valued is not None else None,
+            referred.result() if referred is not None else None,
             rewarded.result(),
             rolled_out.result(),
             credited.result(),

@@ -15,6 +15,7 @@ from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, Re
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.errors import Problem
+from launch.online_rules import ROLE_RULES
 from launch.settings import OnlineSettings, RunSettings
 
 Rule = Callable[..., Iterable[Problem]]
@@ -57,9 +58,10 @@ def _multiple(where: str, value: int, of: str, divisor: int) -> Iterator[Problem
 
 
 def online_has_an_end(run: RunSettings, algorithm: OnlineConfig) -> Iterator[Problem]:
-    """PPO draws prompts for as long as it is told to."""
+    """Prompts are drawn for as long as the run is told to."""
     if run.num_iterations is None:
-        yield Problem("run.num_iterations", "is missing", "PPO has no end of its own: say how many batches to train on")
+        right = "an online run has no end of its own: say how many batches to train on"
+        yield Problem("run.num_iterations", "is missing", right)
     elif algorithm.critic_warmup_iterations >= run.num_iterations:
         yield Problem(
             "algorithm.critic_warmup_iterations",
@@ -80,8 +82,8 @@ def samples_fit(
     data: DataConfig,
     rollout: RolloutConfig,
     policy: TrainedRoleConfig,
-    critic: TrainedRoleConfig,
-    reference: ScorerConfig,
+    critic: TrainedRoleConfig | None,
+    reference: ScorerConfig | None,
     reward: ScorerConfig,
 ) -> Iterator[Problem]:
     """The longest sample (prompt plus response) fits the engine and one pack of every role."""
@@ -95,7 +97,8 @@ def samples_fit(
             f"at least {longest}, or a smaller part",
         )
     for name, role in (("policy", policy), ("critic", critic), ("reference", reference), ("reward", reward)):
-        yield from _pack_holds(name, role.max_tokens_per_pack, longest, f"the longest sample, {parts}")
+        if role is not None:
+            yield from _pack_holds(name, role.max_tokens_per_pack, longest, f"the longest sample, {parts}")
 
 
 def examples_fit(data: DataConfig, algorithm: LearningConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
@@ -128,15 +131,17 @@ def evaluation_has_data(data: DataConfig, algorithm: LearningConfig) -> Iterator
 def roles_suit_devices(
     cluster: ClusterConfig,
     policy: TrainedRoleConfig,
-    critic: TrainedRoleConfig,
-    reference: ScorerConfig,
+    critic: TrainedRoleConfig | None,
+    reference: ScorerConfig | None,
     reward: ScorerConfig,
 ) -> Iterator[Problem]:
     """What needs a GPU has one."""
     for name, trained in (("policy", policy), ("critic", critic)):
-        yield from _trained_role(name, trained, cluster)
+        if trained is not None:
+            yield from _trained_role(name, trained, cluster)
     for name, scorer in (("reference", reference), ("reward", reward)):
-        yield from _model_role(name, scorer, scorer.model, cluster)
+        if scorer is not None:
+            yield from _model_role(name, scorer, scorer.model, cluster)
 
 
 def learner_suits_device(cluster: ClusterConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
@@ -229,13 +234,14 @@ def adapter_can_travel(policy: PolicyConfig, rollout: RolloutConfig) -> Iterator
 
 def colocation(
     policy: PlacementConfig,
-    critic: PlacementConfig,
-    reference: PlacementConfig,
+    critic: PlacementConfig | None,
+    reference: PlacementConfig | None,
     reward: PlacementConfig,
     rollout: PlacementConfig,
 ) -> Iterator[Problem]:
     """Roles of one colocation group share one accelerator rank by rank."""
-    roles = {"policy": policy, "critic": critic, "reference": reference, "reward": reward, "rollout": rollout}
+    given = {"policy": policy, "critic": critic, "reference": reference, "reward": reward, "rollout": rollout}
+    roles = {name: role for name, role in given.items() if role is not None}
     groups: dict[str, list[str]] = {}
     for name, role in roles.items():
         if role.colocate is not None:
@@ -279,6 +285,7 @@ def _in_words(role: PlacementConfig) -> str:
 
 
 ONLINE_RULES: tuple[Rule, ...] = (
+    *ROLE_RULES,
     batches_divide,
     minibatches_divide,
     online_has_an_end,

@@ -98,10 +98,10 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
         else:
             state = OnlineState.read(config, store, checkpoint)
             require_same_data(state.fingerprint, description, checkpoint)
-            await asyncio.gather(
-                roles.policy.call(PolicyActor.load, checkpoint / "policy"),
-                roles.critic.call(CriticActor.load, checkpoint / "critic"),
-            )
+            loading = [roles.policy.call(PolicyActor.load, checkpoint / "policy")]
+            if roles.critic is not None:
+                loading.append(roles.critic.call(CriticActor.load, checkpoint / "critic"))
+            await asyncio.gather(*loading)
         with _recording(config, run_dir, state.num_iterations, state.iteration) as recorder:
             stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir.experience).run()
         if not stopped:

@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel
 
 from actors.objectives import NextToken
-from algorithms import kto, losses, preferences, ranking
+from algorithms import kto, losses, policy_losses, preferences, ranking
 from algorithms.config import PreferenceConfig, PreferenceLoss, RewardModelConfig, SupervisedConfig
+from algorithms.needs import BUILT_IN
 from launch.config import (
     FeedbackRunConfig,
     OnlineRunConfig,
@@ -98,6 +99,7 @@ def known_names() -> set[str]:
         for model in models(kind):
             for name, info in model.model_fields.items():
                 names |= {name, *literals(info.annotation)}
+    names |= set(BUILT_IN)
     for config in (PreferenceConfig, RewardModelConfig, SupervisedConfig):
         names |= set(literals(config.model_fields["name"].annotation))
     return names
@@ -143,13 +145,15 @@ def kto_metrics() -> Mapping[str, Any]:
 
 def online_metrics() -> dict[str, set[str]]:
     one = torch.zeros(1)
-    policy = losses.clipped_policy_loss(one, one, one, clip_ratio=0.2, denominator=1, entropy_T=one)[1]
+    policy = policy_losses.clip_higher_loss(one, one, one, clip_low=0.2, clip_high=0.2, weights_T=one, denominator=1)[1]
     critic = losses.clipped_value_loss(one, one, one, clip_value=None, denominator=1)[1]
     first = {"first_ratio_max_deviation", "first_logprob_gap"}
     assert all(f'"{name}"' in (ROOT / "actors" / "policy.py").read_text() for name in first)
+    added = {"clip_fraction", "entropy"}
+    assert all(f'"{name}"' in (ROOT / "actors" / "policy_loss.py").read_text() for name in added - {"entropy"})
     credit = (ROOT / "actors" / "credit.py").read_text().partition("def _metrics(")[2]
     return {
-        "policy": {*policy, *first, *OF_EVERY_UPDATE},
+        "policy": {*policy, *first, *added, *OF_EVERY_UPDATE},
         "critic": {*critic, *OF_EVERY_UPDATE},
         "experience": set(re.findall(r'"([a-z_]+)": ', credit)),
     }

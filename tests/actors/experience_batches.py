@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from experience.schema import COMPARISONS, CREDIT, EXAMPLES, ROLLOUT, VALUES, make_batch
+from experience.schema import COMPARISONS, CREDIT_WITH_RETURNS, EXAMPLES, ROLLOUT, VALUES, make_batch
 
 
 def rollout(num_rows: int, seed: int = 0, first_id: int = 0, longest: int = 20) -> pa.RecordBatch:
@@ -35,12 +35,13 @@ def credit(rollouts: list[pa.RecordBatch], logprobs: list[list[float]], seed: in
     """Random advantages and returns, with these log-probs to divide by."""
     source = torch.Generator().manual_seed(seed)
     return make_batch(
-        CREDIT,
+        CREDIT_WITH_RETURNS,
         {
             "sample_id": [i for batch in rollouts for i in batch.column("sample_id").to_pylist()],
             "advantages": [torch.randn(len(row), generator=source).tolist() for row in logprobs],
             "returns": [torch.randn(len(row), generator=source).tolist() for row in logprobs],
             "behaviour_logprobs": logprobs,
+            "loss_weights": [[1.0] * len(row) for row in logprobs],
         },
     )
 

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.credit import CreditActor, CreditReport, NotFinite
+from actors.credit import CreditActor, CreditReport
+from actors.credit_columns import NotFinite
 from actors.errors import RoleError
 from algorithms.config import OnlineConfig
 from cluster.context import RankContext
 from experience.schema import (
-    CREDIT,
+    CREDIT_WITH_RETURNS,
     POLICY_LOGPROBS,
     REF_LOGPROBS,
     ROLLOUT,
@@ -30,6 +31,7 @@ from experience.schema import (
 from experience.table import Experience
 from tests.algorithms import slow
 
+MAX_RESPONSE_TOKENS = 64
 PLAIN: dict[str, Any] = {"whiten_advantages": False, "gamma": 0.9, "gae_lambda": 0.8}
 
 
@@ -93,6 +95,7 @@ def columns(samples: list[Sample], cut: int | None = None) -> dict[str, list[pa.
         "values": batches(VALUES, values=[s.values for s in samples]),
         "scores": batches(SCORES, score=[s.score for s in samples]),
         "policy_logprobs": batches(POLICY_LOGPROBS, policy_logprobs=[s.policy_logprobs for s in samples]),
+        "baseline_scores": [],
     }
 
 
@@ -110,7 +113,7 @@ def assign(
     given = columns(samples, cut)
     if not recomputed:
         given["policy_logprobs"] = []
-    return CreditActor(context, OnlineConfig.model_validate(settings)).assign(
+    return CreditActor(context, OnlineConfig.model_validate(settings), MAX_RESPONSE_TOKENS).assign(
         **given, kl_coefficient=coefficient, policy_version=version, keep_at=keep_at
     )
 
@@ -142,12 +145,13 @@ def test_by_hand() -> None:
         "reward": {"clip": 5.0, "missing_eos_penalty": 1.0},
     }
     credit, report = assign(samples, settings)
-    check_schema(credit, CREDIT)
+    check_schema(credit, CREDIT_WITH_RETURNS)
     assert credit.column("sample_id").to_pylist() == [7, 9]
     assert [len(row) for row in credit.column("advantages").to_pylist()] == [2, 1]
     assert flat(credit, "advantages") == approx([0.55, 3.0, -2.9])
     assert flat(credit, "returns") == approx([1.55, 5.0, 1.1])
     assert flat(credit, "behaviour_logprobs") == [-1.0, -1.0, -2.0]
+    assert flat(credit, "loss_weights") == [1.0, 1.0, 1.0]
     # Returns 1.55, 5, 1.1: mean 2.55, variance (1 + 6.0025 + 2.1025) / 3 = 3.035. Advantages: mean 0.216667,
     # variance (0.111111 + 7.746944 + 9.713611) / 3 = 5.857222, which is also what the values leave unexplained.
     expected = {
@@ -273,13 +277,14 @@ def test_refuses_rows_that_do_not_belong_together() -> None:
     samples, others = random_samples([3, 4]), random_samples([3, 4])
     others[1].sample_id = 999
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", 1, None, 0)
+    actor = CreditActor(context, OnlineConfig(), MAX_RESPONSE_TOKENS)
     given = columns(samples) | {"scores": columns(others)["scores"], "policy_logprobs": []}
     with pytest.raises(SchemaError, match="999"):
-        CreditActor(context, OnlineConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
+        actor.assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
     others = random_samples([3, 5])
     given = columns(samples) | {"values": columns(others)["values"], "policy_logprobs": []}
     with pytest.raises(SchemaError, match="values of sample 101 has 5 values for a response of 4 tokens"):
-        CreditActor(context, OnlineConfig()).assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
+        actor.assign(**given, kl_coefficient=0.1, policy_version=5, keep_at=None)
 
 
 def test_refuses_samples_that_make_no_sense() -> None:

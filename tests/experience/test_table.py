@@ -128,7 +128,7 @@ def test_files_that_are_not_experience(joined: Experience, tmp_path: Path, score
         Experience.open(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCORES) as writer:
         writer.write_batch(scores_of(range(2)))
-    with pytest.raises(SchemaError, match="holds scores of version 2, expected experience of 2"):
+    with pytest.raises(SchemaError, match="holds scores of version 3, expected experience of 3"):
         Experience.open(path)
     metadata = {**joined.table.schema.metadata, b"troupe.schema_version": b"9"}
     Experience(joined.table.replace_schema_metadata(metadata)).write(path)

@@ -34,7 +34,7 @@ def test_groups_and_minibatches_divide() -> None:
 def test_online_has_an_end() -> None:
     [(where, what)] = refused("ppo", "run.num_iterations=null")
     assert where == "run.num_iterations"
-    assert "PPO has no end of its own" in what
+    assert "an online run has no end of its own" in what
     [(where, what)] = refused("ppo", "run.num_iterations=3")
     assert where == "algorithm.critic_warmup_iterations"
     assert "3 leaves the policy none of run.num_iterations = 3" in what

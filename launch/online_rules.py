@@ -1,0 +1,69 @@
+"""Rules between an online algorithm and the rest of its run: roles, samples. Imports no torch.
+
+What an algorithm needs is its own to say (``algorithms.needs``): no rule here knows one by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, RolloutConfig
+from algorithms.config import OnlineConfig
+from launch.errors import Problem
+from launch.fields import dotted, required
+
+
+def critic_where_needed(algorithm: OnlineConfig, critic: CriticConfig | None) -> Iterator[Problem]:
+    """A critic is there exactly where the algorithm learns from values."""
+    if algorithm.needs.critic and critic is None:
+        yield _missing("critic", CriticConfig, algorithm.name, "the model that estimates what a prefix is worth")
+    elif critic is not None and not algorithm.needs.critic:
+        yield Problem(
+            "critic", f"{algorithm.name} learns without a critic", "remove the section, or set algorithm.name to ppo"
+        )
+
+
+def reference_where_needed(
+    algorithm: OnlineConfig, policy: PolicyConfig, reference: ReferenceConfig | None
+) -> Iterator[Problem]:
+    """A KL penalty has a reference: the role, or the policy with its adapter off."""
+    if reference is None and algorithm.kl.coefficient > 0 and not policy.tuning.has_adapter:
+        problem = _missing(
+            "reference",
+            ReferenceConfig,
+            f"algorithm.kl.coefficient {algorithm.kl.coefficient:g}",
+            "the model that the policy is held close to",
+        )
+        yield Problem(problem.where, problem.what, f"{problem.right}; or set algorithm.kl.coefficient to 0")
+
+
+def groups_where_needed(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    """What compares the samples of a prompt has several."""
+    if algorithm.needs.groups and rollout.sampling.samples_per_prompt < 2:
+        yield Problem(
+            "rollout.sampling.samples_per_prompt",
+            f"1, and {algorithm.name} compares several responses to a prompt",
+            "2 or more, usually 8",
+        )
+
+
+def overlong_margin_fits(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    """The penalty of overlong responses rises within a response."""
+    margin, longest = algorithm.reward.overlong_margin_tokens, rollout.sampling.max_response_tokens
+    if margin is not None and margin > longest:
+        yield Problem(
+            "algorithm.reward.overlong_margin_tokens",
+            f"{margin} is more than rollout.sampling.max_response_tokens = {longest}",
+            f"at most {longest}",
+        )
+
+
+def _missing(role: str, section: type[BaseModel], who: str, purpose: str) -> Problem:
+    least = ", ".join(dotted((role, *key)) for key in required(section))
+    what = f"the section is missing, and {who} needs it ({purpose})"
+    return Problem(role, what, f"add it with at least {least}")
+
+
+ROLE_RULES = (critic_where_needed, reference_where_needed, groups_where_needed, overlong_margin_fits)
