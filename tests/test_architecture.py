@@ -30,6 +30,7 @@ TORCH_FREE = (
     "cluster/config.py",
     "actors/config.py",
     "actors/rewards/config.py",
+    "actors/rewards/combination_config.py",
     "algorithms/config.py",
     "data/config.py",
     "launch/config.py",
