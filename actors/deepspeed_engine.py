@@ -249,12 +249,7 @@ class TrainEngine:
             self._adapters.set_training(False)
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
-        if not self._sharded:
-            return nullcontext()
-        import deepspeed  # loaded already, by the constructor
-
-        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters)
-        return gathered
+        return _gathered(parameters, self._sharded)
 
     def _refuse(self, what: str, where: str) -> NoReturn:
         self._refused = f"{self._context.role}: {what} ({where}); the update was not applied"
@@ -288,6 +283,7 @@ class ForwardEngine:
         """Shard ``model`` over the ranks where ``config.sharding`` says so; replicas load no DeepSpeed. Collective."""
         self.collective = config.sharding == "zero3"
         self.device = join_ranks(context) if self.collective else prepare_device(context)
+        self._model = model
         self._module: nn.Module = model
         if self.collective:
             self._module = _start_engine(model, forward_settings(config, context), sharded=True, groups=None)
@@ -298,6 +294,12 @@ class ForwardEngine:
         """``function(model, micro_batch)`` of each, without gradients. Collective where ``collective``."""
         with torch.no_grad():
             return [function(self._module, micro_batch) for micro_batch in micro_batches]
+
+    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """As a ``TrainEngine``'s. Collective where ``collective``."""
+        for sources in _buckets(weight_sources(self._model, None), bucket_bytes):
+            with _gathered([parameter for source in sources for parameter in source.parameters], self.collective):
+                yield [(source.name, source.value()) for source in sources]
 
 
 class _GradientNotFinite(Exception):
@@ -318,6 +320,15 @@ def _start_engine(
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
     return engine
+
+
+def _gathered(parameters: Sequence[nn.Parameter], sharded: bool) -> AbstractContextManager[object]:
+    if not sharded:
+        return nullcontext()
+    import deepspeed  # loaded already, with the engine
+
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

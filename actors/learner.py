@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from actors.config import TrainedRoleConfig
@@ -25,14 +24,12 @@ from actors.objectives import LearningBatch, LossAndMetrics, NextToken, Objectiv
 from actors.preference import Preference
 from actors.ranking import RewardRanking
 from actors.reports import ColumnInfo, TrainReport
-from actors.sequences import ReferenceLogprobs, score_sequences
+from actors.sequences import DIGEST_BUCKET_BYTES, ReferenceLogprobs, score_sequences, weights_digest
 from actors.updates import scheduled_rate
 from algorithms.config import FeedbackConfig, LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 from experience.packing import plan_packs
 from experience.schema import REF_FEEDBACK_LOGPROBS
-
-_DIGEST_BUCKET_BYTES = 256 << 20
 
 
 class LearnerActor:
@@ -106,12 +103,7 @@ class LearnerActor:
 
     def weights_digest(self) -> str:
         """A digest of all weights, adapters merged, the same on every rank. Collective."""
-        digest = xxhash.xxh3_128()
-        for bucket in self._engine.weights(_DIGEST_BUCKET_BYTES):
-            for name, weight in bucket:
-                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
-        return str(digest.hexdigest())
+        return weights_digest(self._engine.weights(DIGEST_BUCKET_BYTES))
 
     def score_reference(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
         """The starting model's log-probs of whole responses: the reference's column of this rank's rows.

@@ -1,4 +1,7 @@
-"""The reference: the model that the policy is held close to. It only runs forward."""
+"""The reference: the model that the policy is held close to. It only runs forward.
+
+``ReferenceActor`` scores rollouts while the policy trains; ``DataReferenceActor`` a data set, once, before that.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from actors.models import load_causal_lm
 from actors.packed import response_logprobs
 from actors.reports import ColumnInfo
 from actors.scoring import score_responses
+from actors.sequences import DIGEST_BUCKET_BYTES, score_sequences, weights_digest
 from cluster.context import RankContext
 from experience.schema import REF_LOGPROBS
 
@@ -41,4 +45,40 @@ class ReferenceActor:
             collective=self._engine.collective,
             max_tokens=self._config.max_tokens_per_pack,
             schema=REF_LOGPROBS,
+        )
+
+
+class DataReferenceActor:
+    """One rank of a reference that scores the responses of a data set."""
+
+    def __init__(self, context: RankContext, config: ReferenceConfig) -> None:
+        """Load the model. Collective where it is sharded.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        self._context = context
+        self._config = config
+        self._engine = ForwardEngine(load_causal_lm(config.model, seed=context.seed), context, config)
+
+    def weights_digest(self) -> str:
+        """A digest of all weights, the same on every rank. Collective where they are sharded."""
+        return weights_digest(self._engine.weights(DIGEST_BUCKET_BYTES))
+
+    def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """Log-probs of whole responses: the reference's column of this rank's rows of comparisons or feedback.
+
+        Collective where the model is sharded.
+
+        Raises:
+            SchemaError: the batch is of another schema.
+            ValueError: a row is longer than ``max_tokens_per_pack``.
+        """
+        return score_sequences(
+            self._engine,
+            batch,
+            context=self._context,
+            device=self._engine.device,
+            collective=self._engine.collective,
+            max_tokens=self._config.max_tokens_per_pack,
         )

@@ -77,7 +77,8 @@ def check(config: RunConfig) -> CheckReport:
     report.problems += _check_attention(models, config.cluster, report)
     report.problems += check_tuning(config, report.facts)
     report.problems += check_data(config, tokenizers.get(models[0].where), report.facts)
-    report.problems += _check_places(config.placements(), config.cluster, config.cpus_wanted(), report)
+    for placements in filter(None, (config.placements_before(), config.placements())):
+        report.problems += _check_places(placements, config.cluster, config.cpus_wanted(), report)
     return report
 
 
@@ -129,16 +130,16 @@ def _check_places(
     for role, placement in placements.items():
         accelerators = f"{placement.gpus_per_rank:g} {cluster.accelerator_resource}" if placement.gpus_per_rank else "-"
         plan = group_of[role]
-        report.places.append(
-            (
-                role,
-                f"{placement.num_nodes} x {placement.ranks_per_node}",
-                accelerators,
-                f"{placement.cpus_per_rank:g}",
-                f"{plan.name} ({len(plan.bundles)} bundle{'s' if len(plan.bundles) > 1 else ''})",
-                plan.strategy,
-            )
+        place = (
+            role,
+            f"{placement.num_nodes} x {placement.ranks_per_node}",
+            accelerators,
+            f"{placement.cpus_per_rank:g}",
+            f"{plan.name} ({len(plan.bundles)} bundle{'s' if len(plan.bundles) > 1 else ''})",
+            plan.strategy,
         )
+        if place not in report.places:
+            report.places.append(place)
     accelerated = any(placement.gpus_per_rank for placement in placements.values())
     try:
         there = _nodes(cluster, cpus, accelerated)
@@ -146,7 +147,9 @@ def _check_places(
         yield Problem("cluster.address", str(error))
         return
     for node in there:
-        report.facts.append(("node", f"{node.name}: {_free(node, cluster)}"))
+        fact = ("node", f"{node.name}: {_free(node, cluster)}")
+        if fact not in report.facts:
+            report.facts.append(fact)
     for use_free, when in ((False, "the whole cluster"), (True, "what is free now")):
         if reasons := diagnose(plans, there, use_free=use_free):
             yield from (Problem("cluster", f"{reason} (in {when})") for reason in reasons)

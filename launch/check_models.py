@@ -25,7 +25,7 @@ from actors.errors import ModelError
 from actors.models import explained, outline
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
-from launch.config import LearnerRunConfig, OnlineRunConfig, RewardModelRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
 
@@ -53,7 +53,10 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
     match config:
         case LearnerRunConfig():
             kind: ModelKind = "new scorer" if isinstance(config, RewardModelRunConfig) else "language model"
-            yield WantedModel("learner.model", config.learner.model, kind, config.data.max_tokens)
+            longest = config.data.max_tokens
+            yield WantedModel("learner.model", config.learner.model, kind, longest)
+            if isinstance(config, ReferredRunConfig) and (referred := config.reference) is not None:
+                yield WantedModel("reference.model", referred.model, "language model", longest, same_tokens=True)
         case OnlineRunConfig():
             longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
             engine = max(longest, config.rollout.max_model_tokens or 0)
@@ -193,7 +196,7 @@ def _check_tokenizer(
     if size is not None and max(vocabulary.values(), default=-1) >= size:
         most = max(vocabulary.values())
         yield Problem(where, f"numbers tokens up to {most}, and the model has {size} of them", "the model's own")
-    policy = tokenizers.get("policy.model")
+    policy = tokenizers.get("policy.model") or tokenizers.get("learner.model")
     if wanted.same_tokens and policy is not None and vocabulary != policy.get_vocab():
         right = "a model of the policy's family"
         yield Problem(wanted.where, "its tokenizer is not the policy's, whose tokens it is given", right)

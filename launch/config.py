@@ -30,7 +30,7 @@ from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
 from data.formats import Kind
 from launch.errors import RuleViolations
-from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, violations
+from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, reference_is_of_use, violations
 from launch.settings import OnlineSettings, RunSettings
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "OnlineRunConfig",
     "OnlineSettings",
     "PreferenceRunConfig",
+    "ReferredRunConfig",
     "RewardModelRunConfig",
     "RunConfig",
     "RunSettings",
@@ -75,9 +76,14 @@ class BaseRunConfig(FrozenConfig):
         placed = {name: placement for name, placement in given.items() if placement is not None}
         return placed | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
 
+    def placements_before(self) -> dict[str, PlacementConfig]:
+        """The placement of every role of what comes before the run proper, and ends before it; most have none."""
+        return {}
+
     def cpus_wanted(self) -> float:
-        """CPU cores that all ranks of the run set aside together."""
-        return sum(placement.num_ranks * placement.cpus_per_rank for placement in self.placements().values())
+        """The most CPU cores that all ranks set aside together at a time."""
+        times = (self.placements_before(), self.placements())
+        return max(sum(role.num_ranks * role.cpus_per_rank for role in roles.values()) for roles in times)
 
 
 class LearnerRunConfig(BaseRunConfig):
@@ -107,16 +113,33 @@ class RewardModelRunConfig(LearnerRunConfig):
     algorithm: RewardModelConfig = Field(description="What is learnt, and for how long.")
 
 
-class PreferenceRunConfig(LearnerRunConfig):
-    """DPO and its kin. The reference is the learner's own model as it starts."""
+class ReferredRunConfig(LearnerRunConfig):
+    """A learner that is compared with a reference: a role of its own, or else the learner's model as it starts."""
+
+    RULES = (*SUPERVISED_RULES, reference_is_of_use)
+
+    reference: ReferenceConfig | None = Field(
+        None, description="The model that the learner is compared with. It scores all data once, before the learner is "
+        "placed, and gives its accelerators back. None: the learner's own as it starts (with an adapter: its base)."
+    )
+
+    def placements_before(self) -> dict[str, PlacementConfig]:
+        """The reference's, and that of the source, which it scores."""
+        if self.reference is None:
+            return {}
+        return {"reference": self.reference} | dict.fromkeys(self.SMALL_ROLES, SMALL_ROLE)
+
+
+class PreferenceRunConfig(ReferredRunConfig):
+    """DPO and its kin."""
 
     DATA_KIND = "comparisons"
 
     algorithm: PreferenceConfig = Field(description="What is learnt, and for how long.")
 
 
-class FeedbackRunConfig(LearnerRunConfig):
-    """KTO. The reference is the learner's own model as it starts."""
+class FeedbackRunConfig(ReferredRunConfig):
+    """KTO."""
 
     DATA_KIND = "feedback"
 

@@ -54,8 +54,8 @@ KINDS = (
     (
         "Preference optimisation",
         PreferenceRunConfig,
-        "`algorithm.name: dpo` or one of its kin. One trained role, the learner; the reference is its own model as it "
-        "starts, whose log-probs are computed once and kept beside the runs.",
+        "`algorithm.name: dpo` or one of its kin. One trained role, the learner; the reference is a role of its own, "
+        "or the learner's model as it starts, whose log-probs are computed once and kept beside the runs.",
     ),
     ("KTO", FeedbackRunConfig, "`algorithm.name: kto`. As preference optimisation, from responses judged one by one."),
 )

@@ -10,14 +10,17 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import xxhash
 
 from actors.learner import LearnerActor
+from actors.reference import DataReferenceActor
 from actors.source import SourceActor
+from cluster.group import Ref, RoleGroup
 from launch.config import LearnerRunConfig
-from launch.roles import SupervisedRoles
+from launch.roles import ReferenceRoles, SupervisedRoles
 
 logger = logging.getLogger(__name__)
 #: Pairs, or judged responses, scored in one call.
@@ -25,8 +28,25 @@ ROWS_AT_A_TIME = 4096
 FOLDER = ".reference-logprobs"
 
 
-async def prepare_reference(config: LearnerRunConfig, roles: SupervisedRoles, runs: Path) -> Path:
-    """Give the learner its own log-probs as it starts; returns the file that keeps them.
+async def score_by_role(roles: ReferenceRoles, runs: Path) -> Path:
+    """Have a reference of its own score the data, or find that it has; returns the file that keeps its log-probs.
+
+    Args:
+        runs: the folder of all runs, beside which the file is kept.
+
+    Raises:
+        ClusterError: a role failed.
+    """
+    digest = (await roles.reference.call(DataReferenceActor.weights_digest))[0]
+
+    async def score(batch: Ref) -> list[Ref]:
+        return [column for column, _ in await roles.reference.columns(DataReferenceActor.score, batch)]
+
+    return await _kept(roles.source, f"{digest} full", score, runs)
+
+
+async def score_by_learner(config: LearnerRunConfig, roles: SupervisedRoles, runs: Path) -> Path:
+    """Have the learner score the data as it starts, or find that it has; returns the file that keeps its log-probs.
 
     To be called before the learner goes on from a checkpoint: it scores with the weights it has.
 
@@ -36,21 +56,27 @@ async def prepare_reference(config: LearnerRunConfig, roles: SupervisedRoles, ru
     Raises:
         ClusterError: a role failed.
     """
-    description = await roles.source.call_one(0, SourceActor.describe)
-    weights = (await roles.learner.call(LearnerActor.weights_digest))[0]
-    key = xxhash.xxh3_128(f"{description.digest} {weights} {config.learner.tuning.method}".encode()).hexdigest()
+    digest = (await roles.learner.call(LearnerActor.weights_digest))[0]
+
+    async def score(batch: Ref) -> list[Ref]:
+        return [column for column, _ in await roles.learner.columns(LearnerActor.score_reference, batch)]
+
+    return await _kept(roles.source, f"{digest} {config.learner.tuning.method}", score, runs)
+
+
+async def _kept(
+    source: RoleGroup[SourceActor], model: str, score: Callable[[Ref], Awaitable[list[Ref]]], runs: Path
+) -> Path:
+    """The file of the source's data and of ``model``; where it is not there, ``score`` makes its parts."""
+    description = await source.call_one(0, SourceActor.describe)
+    key = xxhash.xxh3_128(f"{description.digest} {model}".encode()).hexdigest()
     path = runs / FOLDER / f"{key}.arrow"
     if path.exists():
         logger.info("the reference's log-probs are at hand: %s", path)
-    else:
-        await _score(roles, description.num_rows_in_all, path)
-    await roles.learner.call(LearnerActor.use_reference, path)
+        return path
+    columns: list[Ref] = []
+    for start in range(0, description.num_rows_in_all, ROWS_AT_A_TIME):
+        batch, _ = await source.column_of(0, SourceActor.in_order, start, ROWS_AT_A_TIME)
+        columns += await score(batch)
+    await source.call_one(0, SourceActor.keep, columns, path)
     return path
-
-
-async def _score(roles: SupervisedRoles, num_rows: int, path: Path) -> None:
-    columns = []
-    for start in range(0, num_rows, ROWS_AT_A_TIME):
-        batch, _ = await roles.source.column_of(0, SourceActor.in_order, start, ROWS_AT_A_TIME)
-        columns += [column for column, _ in await roles.learner.columns(LearnerActor.score_reference, batch)]
-    await roles.source.call_one(0, SourceActor.keep, columns, path)

@@ -5,7 +5,7 @@ Here, and nowhere else, is written which class plays which role and what it is g
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,20 @@ from actors.credit import CreditActor
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from actors.reference import ReferenceActor
+from actors.reference import DataReferenceActor, ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, engine_environment
 from actors.source import SourceActor
+from cluster.config import PlacementConfig
 from cluster.group import RoleGroup, RoleSpec
 from cluster.placement import place, plan_bundles
-from launch.config import BaseRunConfig, LearnerRunConfig, OnlineRunConfig, SupervisedRunConfig
+from launch.config import (
+    BaseRunConfig,
+    LearnerRunConfig,
+    OnlineRunConfig,
+    ReferredRunConfig,
+    SupervisedRunConfig,
+)
 from launch.paths import resolve_data, resolve_model
 from launch.publish import adapter_rank, weight_transfer
 from launch.rules import runs_on_gpu
@@ -49,6 +56,14 @@ class SupervisedRoles:
 
 
 @dataclass(frozen=True)
+class ReferenceRoles:
+    """The roles that are there while a reference scores a data set."""
+
+    source: RoleGroup[SourceActor]
+    reference: RoleGroup[DataReferenceActor]
+
+
+@dataclass(frozen=True)
 class OnlineRoles:
     """The roles of an online run; none where it does without."""
 
@@ -65,15 +80,34 @@ class OnlineRoles:
 async def supervised_roles(config: LearnerRunConfig, log_dir: Path) -> AsyncIterator[SupervisedRoles]:
     """Place and start the roles of a run that learns from a data set; end them on the way out."""
     learner = _resolved(config.learner)
-    kind = config.DATA_KIND
-    whole_document = isinstance(config, SupervisedRunConfig) and config.algorithm.name == "pretrain"
-    seed = config.run.seed
-    async with _starter(config, log_dir) as start:
-        source_args = (resolve_data(config.data), kind, learner.model, seed, whole_document)
+    async with _starter(config, config.placements(), log_dir) as start:
         async with task_group() as starting:
-            source = starting.create_task(start(SourceActor, "source", source_args))
-            trained = starting.create_task(start(LearnerActor, "learner", (learner, config.algorithm, seed)))
+            source = starting.create_task(start(SourceActor, "source", _source_args(config)))
+            learnt = (learner, config.algorithm, config.run.seed)
+            trained = starting.create_task(start(LearnerActor, "learner", learnt))
         yield SupervisedRoles(source.result(), trained.result())
+
+
+@asynccontextmanager
+async def reference_roles(config: ReferredRunConfig, log_dir: Path) -> AsyncIterator[ReferenceRoles]:
+    """Place and start what scores a data set before the learner has its place; all is given back on the way out.
+
+    Raises:
+        ValueError: the run has no reference of its own.
+    """
+    if config.reference is None:
+        raise ValueError(f"run {config.run.name} has no reference role")
+    async with _starter(config, config.placements_before(), log_dir) as start:
+        async with task_group() as starting:
+            source = starting.create_task(start(SourceActor, "source", _source_args(config)))
+            scorer = starting.create_task(start(DataReferenceActor, "reference", (_resolved(config.reference),)))
+        yield ReferenceRoles(source.result(), scorer.result())
+
+
+def _source_args(config: LearnerRunConfig) -> tuple[object, ...]:
+    whole_document = isinstance(config, SupervisedRunConfig) and config.algorithm.name == "pretrain"
+    model = resolve_model(config.learner.model)
+    return resolve_data(config.data), config.DATA_KIND, model, config.run.seed, whole_document
 
 
 @asynccontextmanager
@@ -87,7 +121,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
     data = resolve_data(config.data)
     way = weight_transfer(policy, config.rollout, config.cluster)
     rollout = config.rollout.model_copy(update={"weight_transfer": way})
-    async with _starter(config, log_dir) as start:
+    async with _starter(config, config.placements(), log_dir) as start:
         async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
             learned = starting.create_task(
@@ -114,9 +148,10 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def _starter(config: BaseRunConfig, log_dir: Path) -> AsyncIterator[Start]:
-    """Place all roles of a run; gives the function that starts one of them. All end with the block."""
-    wanted = config.placements()
+async def _starter(
+    config: BaseRunConfig, wanted: Mapping[str, PlacementConfig], log_dir: Path
+) -> AsyncIterator[Start]:
+    """Place some roles of a run; gives the function that starts one of them. All end with the block."""
     placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)
 
     async def start(role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:

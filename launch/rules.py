@@ -149,6 +149,21 @@ def learner_suits_device(cluster: ClusterConfig, learner: TrainedRoleConfig) -> 
     yield from _trained_role("learner", learner, cluster)
 
 
+def reference_is_of_use(
+    cluster: ClusterConfig, data: DataConfig, algorithm: LearningConfig, reference: ScorerConfig | None
+) -> Iterator[Problem]:
+    """A reference role is compared with, can hold a sequence, and suits its device."""
+    if reference is None:
+        return
+    if not algorithm.needs_reference:
+        yield Problem("reference", f"{algorithm.name} compares with no reference", "remove the section")
+    if reference.colocate is not None:
+        yield Problem("reference.colocate", "the reference is gone before the learner is placed", "leave it out")
+    what = "the longest sequence, data.max_tokens"
+    yield from _pack_holds("reference", reference.max_tokens_per_pack, data.max_tokens, what)
+    yield from _model_role("reference", reference, reference.model, cluster)
+
+
 def _trained_role(name: str, role: TrainedRoleConfig, cluster: ClusterConfig) -> Iterator[Problem]:
     yield from _model_role(name, role, role.model, cluster)
     if not runs_on_gpu(role, cluster):

@@ -14,15 +14,15 @@ from actors.policy import PolicyActor
 from actors.source import SourceActor, SourceDescription
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
-from launch.config import LearnerRunConfig, OnlineRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RunConfig
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.progress import Progress
 from launch.recorder import Recorder
-from launch.reference_pass import prepare_reference
-from launch.roles import online_roles, supervised_roles
+from launch.reference_pass import score_by_learner, score_by_role
+from launch.roles import online_roles, reference_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
 from launch.supervised import SupervisedDriver
@@ -68,12 +68,19 @@ def _run(config: RunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) ->
 async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
     checkpoint = store.latest() if resume else None
+    reference = None
+    if isinstance(config, ReferredRunConfig) and config.reference is not None:
+        # A block of its own: its roles have given their places back before the learner takes its own.
+        async with reference_roles(config, run_dir.logs) as scoring:
+            reference = await score_by_role(scoring, run_dir.path.parent)
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         progress = SupervisedProgress(0, description.first_cursor, description.fingerprint)
-        if config.algorithm.needs_reference:
-            await prepare_reference(config, roles, run_dir.path.parent)
+        if reference is None and config.algorithm.needs_reference:
+            reference = await score_by_learner(config, roles, run_dir.path.parent)
+        if reference is not None:
+            await roles.learner.call(LearnerActor.use_reference, reference)
         if checkpoint is not None:
             progress = SupervisedState.read(checkpoint)
             require_same_data(progress.fingerprint, description, checkpoint)

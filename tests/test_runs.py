@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -196,6 +197,26 @@ def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[
     assert metric in rows(run)[-1]
     assert (run / "model" / "model.safetensors").exists()
     assert (run / "logs" / "learner-1.log").exists()
+
+
+def test_a_reference_is_gone_before_the_learner_comes(troupe: Troupe, home: Path) -> None:
+    """Each takes more than half of the CPUs. What it left, a run whose learner is its own reference finds."""
+    config = str(ROOT / "examples" / "methods" / "dpo_reference.yaml")
+    words = ("run.num_iterations=1", "algorithm.batch_size=8", "algorithm.evaluate_every=null")
+    cpus = float(os.cpu_count() or 1)
+    each = [f"{role}.cpus_per_rank={0.6 * cpus / 2}" for role in ("learner", "reference")]
+    model = "reference.model.path=runs/demo-sft/model"
+    check_done(troupe("train", config, "run.name=first", *words, *each, model))
+    (file,) = (home / "runs" / ".reference-logprobs").iterdir()
+    written = file.stat().st_mtime_ns
+    assert (home / "runs" / "first" / "logs" / "reference-1.log").exists()
+    check_done(troupe("train", str(ROOT / "examples" / "dpo.yaml"), "run.name=second", *words))
+    assert [file] == list((home / "runs" / ".reference-logprobs").iterdir())
+    assert file.stat().st_mtime_ns == written
+    for name in ("first", "second"):
+        step = next(row for row in rows(home / "runs" / name) if "learner/loss" in row)
+        assert step["learner/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert step["learner/reward_margin"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, home: Path) -> None:

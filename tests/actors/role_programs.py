@@ -24,7 +24,7 @@ from actors.config import (
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from actors.reference import ReferenceActor
+from actors.reference import DataReferenceActor, ReferenceActor
 from actors.reports import ColumnInfo, TrainReport
 from actors.reward import RewardActor
 from actors.weights import unpack
@@ -92,6 +92,17 @@ def reference_scores(
     own: RankContext, folder: Path, sharding: str, rollouts: list[pa.RecordBatch]
 ) -> tuple[pa.RecordBatch, ColumnInfo]:
     return reference(own, folder, sharding).score(rollouts)
+
+
+def data_reference(
+    own: RankContext, folder: Path, sharding: str, batches: list[pa.RecordBatch]
+) -> tuple[str, list[pa.RecordBatch]]:
+    """Digest and columns of a reference that scores a data set."""
+    config = ReferenceConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), sharding=sharding, max_tokens_per_pack=PACK
+    )
+    actor = DataReferenceActor(own, config)
+    return actor.weights_digest(), [actor.score(batch)[0] for batch in batches]
 
 
 def reward_scores(

@@ -40,6 +40,28 @@ def test_online_has_an_end() -> None:
     assert "3 leaves the policy none of run.num_iterations = 3" in what
 
 
+def test_a_reference_of_its_own_is_of_use() -> None:
+    assert refused("methods/dpo_reference", "reference.model.dtype=bfloat16", "reference.sharding=zero3") == []
+    assert refused("methods/kto", "reference={model: {path: runs/demo-sft/model}}") == []
+    words = ("reference.max_tokens_per_pack=31", "reference.gpus_per_rank=2", "reference.colocate=learner")
+    assert [where for where, _ in refused("methods/dpo_reference", *words)] == [
+        "reference.colocate", "reference.max_tokens_per_pack", "reference.gpus_per_rank"
+    ]
+    [(where, what)] = refused("methods/simpo", "reference={model: {path: runs/demo-sft/model}}")
+    assert where == "reference" and "simpo compares with no reference" in what
+    [(where, what)] = refused("sft", "reference={model: {path: runs/demo-sft/model}}")
+    assert where == "reference" and "has no reference" in what
+
+
+def test_reference_and_learner_are_placed_one_after_the_other() -> None:
+    words = ("learner.cpus_per_rank=2", "reference.cpus_per_rank=3")
+    config = load(EXAMPLES / "methods" / "dpo_reference.yaml", words)
+    assert set(config.placements_before()) == {"source", "reference"}
+    assert set(config.placements()) == {"source", "learner"}
+    assert config.cpus_wanted() == 2 * 3 + 0.5
+    assert load(EXAMPLES / "dpo.yaml").placements_before() == {}
+
+
 def test_an_adaptive_coefficient_starts_above_zero() -> None:
     assert [where for where, _ in refused("ppo", "algorithm.kl={coefficient: 0, target: 6}")] == [
         "algorithm.kl.coefficient"
