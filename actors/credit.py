@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from actors.credit_columns import CreditColumns, read_columns
+from actors.rollout import RolloutInfo
+from actors.selection import baseline_column, prompts_without_signal, rows_of_prompts
 from algorithms.advantages import whiten
 from algorithms.bundles import CreditInputs, algorithm_of
 from algorithms.config import OnlineConfig
@@ -41,7 +43,7 @@ from algorithms.statistics import explained_variance
 from cluster.context import RankContext
 from experience.schema import CREDIT, CREDIT_WITH_RETURNS, make_batch
 from experience.table import join
-from experience.tensors import list_array
+from experience.tensors import list_array, list_column, scalar_column
 
 Batches = Sequence[pa.RecordBatch]
 
@@ -132,6 +134,30 @@ class CreditActor:
             facts = {"policy_version": policy_version, "kl_coefficient": kl_coefficient}
             join(*given, [credit]).write(keep_at, facts)
         return credit, CreditReport(metrics, kl_coefficient, time.perf_counter() - began)
+
+    def without_signal(self, rollouts: Batches, scores: Batches) -> tuple[int, ...]:
+        """Prompts whose samples all have the same score, as the reward model gave it: nothing is learnt from them."""
+        return prompts_without_signal(join(rollouts, scores).table)
+
+    def select(
+        self, columns: Batches, rollouts: Batches, prompt_ids: Sequence[int]
+    ) -> tuple[pa.RecordBatch, RolloutInfo]:
+        """The rows of ``columns``, which are of the same samples as ``rollouts``, that answer some prompts."""
+        return rows_of_prompts(columns, rollouts, prompt_ids)
+
+    def baseline(
+        self, rollouts: Batches, baseline_rollouts: Batches, baseline_scores: Batches
+    ) -> tuple[pa.RecordBatch, int]:
+        """BASELINE_SCORES of the rollouts' rows: the shaped score of the baseline's response to the same prompt.
+
+        Raises:
+            SchemaError: a prompt has no baseline, or two.
+        """
+        table = join(baseline_rollouts, baseline_scores).table
+        lengths_N = list_column(table, "rollout_logprobs").lengths
+        finished_N = torch.tensor([reason == "stop" for reason in table.column("finish_reason").to_pylist()])
+        shaped_N = self._shaped(scalar_column(table, "score").double(), finished_N, lengths_N)
+        return baseline_column(rollouts, table.column("prompt_id").to_pylist(), shaped_N.tolist())
 
     def _rewards(self, columns: CreditColumns, kl_coefficient: float) -> tuple[Tensor, Tensor]:
         """Shaped scores (N,) and what each token earns (T,)."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from actors.config import ModelConfig, RolloutConfig
+from actors.config import ModelConfig, RolloutConfig, SamplingConfig
 from actors.errors import EngineDead, RolloutError
 from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, WeightMeta, broadcast_info, shared_info
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightPart, WeightsRefused
@@ -109,8 +109,14 @@ class RolloutActor:
         self._version: int | None = None
         self._num_calls = 0
 
-    async def generate(self, prompts: pa.RecordBatch, rows: list[int]) -> tuple[pa.RecordBatch, RolloutInfo]:
+    async def generate(
+        self, prompts: pa.RecordBatch, rows: list[int], greedy: bool = False
+    ) -> tuple[pa.RecordBatch, RolloutInfo]:
         """Answer some rows of a PROMPTS batch: ROLLOUT of ``samples_per_prompt`` rows each, in their order.
+
+        Args:
+            greedy: give the most probable response to each prompt instead, one row each. Samples are numbered as their
+                prompts then: such a rollout is a baseline, and never part of experience.
 
         Raises:
             RolloutError: no weights yet, no rows, or a prompt that is empty, leaves no room for a response, or holds
@@ -128,13 +134,14 @@ class RolloutActor:
         for prompt_id, prompt in zip(ids, tokens, strict=True):
             self._require_room(prompt_id, len(prompt))
         self._num_calls += 1
-        num_each = self._config.sampling.samples_per_prompt
+        sampling = _greedy(self._config.sampling) if greedy else self._config.sampling
+        num_each = sampling.samples_per_prompt
         samples = [
             (prompt_id * num_each + k, prompt_id, prompt)
             for prompt_id, prompt in zip(ids, tokens, strict=True)
             for k in range(num_each)
         ]
-        completions = await _all_or_none(self._answer(*sample) for sample in samples)
+        completions = await _all_or_none(self._answer(sampling, *sample) for sample in samples)
         batch = _rollout(samples, completions)
         versions = [version for completion in completions for version, _, _ in completion.versions]
         info = RolloutInfo(
@@ -224,14 +231,22 @@ class RolloutActor:
                 "rollout.max_model_tokens"
             )
 
-    async def _answer(self, sample_id: int, prompt_id: int, prompt: Sequence[int]) -> Completion:
-        params = self._sampling_params(self._config.sampling, sample_seed(self._seed, sample_id))
+    async def _answer(
+        self, sampling: SamplingConfig, sample_id: int, prompt_id: int, prompt: Sequence[int]
+    ) -> Completion:
+        params = self._sampling_params(sampling, sample_seed(self._seed, sample_id))
+        call = f"{self._num_calls}-greedy" if sampling.temperature == 0 else str(self._num_calls)
         try:
-            return await self._engine.generate(f"{sample_id}-{self._num_calls}", prompt, params)
+            return await self._engine.generate(f"{sample_id}-{call}", prompt, params)
         except EngineDead:
             raise
         except RolloutError as error:
             raise RolloutError(f"prompt {prompt_id}: {error}") from error
+
+
+def _greedy(sampling: SamplingConfig) -> SamplingConfig:
+    """One response a prompt at temperature 0, which no configuration may ask for: its log-probs mean nothing."""
+    return sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0, "samples_per_prompt": 1})
 
 
 async def _all_or_none(answers: Iterable[Coroutine[None, None, Completion]]) -> list[Completion]:

@@ -14,20 +14,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from actors.rollout import RolloutActor, RolloutInfo
 from cluster.group import Ref, RoleGroup
 
+#: Maps an engine's rank, a PROMPTS batch and rows of it to a ROLLOUT of one row each.
+Baseline = Callable[[int, Ref, list[int]], Awaitable[Ref]]
+
 
 @dataclass(frozen=True)
 class Generated:
-    """One finished slice: its rows of the ROLLOUT schema by reference, and what the driver knows of them."""
+    """One finished slice: its rows of the ROLLOUT schema by reference, and what the driver knows of them.
+
+    ``baseline`` holds one more response to each of its prompts, where the algorithm compares with one.
+    """
 
     rollout: Ref
     info: RolloutInfo
     engine: int
+    baseline: Ref | None = None
 
 
 class RolloutFleet:
@@ -38,6 +45,7 @@ class RolloutFleet:
         prompts_in_flight_per_engine: prompts that an engine may hold.
         largest_slice: prompts sent in one call, at most.
         on_dispatch: told of each slice as it leaves: its prompt ids and the engine's rank.
+        baseline: gives one more response to rows of prompts, while an engine (of this rank) answers them.
     """
 
     def __init__(
@@ -47,12 +55,14 @@ class RolloutFleet:
         prompts_in_flight_per_engine: int,
         largest_slice: int,
         on_dispatch: Callable[[Sequence[int], int], None],
+        baseline: Baseline | None = None,
     ) -> None:
         self.engines = engines
         self._capacity = prompts_in_flight_per_engine
         self._largest_slice = min(largest_slice, prompts_in_flight_per_engine)
         self._smallest_slice = -(-self._largest_slice // 4)
         self._on_dispatch = on_dispatch
+        self._baseline = baseline
         self._in_flight = [0] * engines.num_ranks
         self._changed = asyncio.Condition()
         self._busy_since = 0.0
@@ -70,13 +80,17 @@ class RolloutFleet:
         """Prompts that the engines hold now."""
         return sum(self._in_flight)
 
-    async def generate(self, prompts: Ref, prompt_ids: Sequence[int]) -> AsyncIterator[Generated]:
-        """Generate for every row of a PROMPTS batch, whose ids are ``prompt_ids``; yields slices as they finish.
+    async def generate(
+        self, prompts: Ref, prompt_ids: Sequence[int], rows_of_prompts: Sequence[int] | None = None
+    ) -> AsyncIterator[Generated]:
+        """Generate for rows of a PROMPTS batch (all, or those given), whose ids are ``prompt_ids``; yields slices as
+        they finish.
 
         Raises:
             ClusterError: an engine failed or was silent; the slices that had not come are lost with it.
         """
         running: set[asyncio.Task[Generated]] = set()
+        wanted = range(len(prompt_ids)) if rows_of_prompts is None else rows_of_prompts
         first = 0
         try:
             while first < len(prompt_ids) or running:
@@ -85,7 +99,7 @@ class RolloutFleet:
                     engine = self._least_loaded(size)
                     if engine is None:
                         break
-                    rows = list(range(first, first + size))
+                    rows = list(wanted[first : first + size])
                     if not self.prompts_in_flight:
                         self._busy_since = time.perf_counter()
                     self._in_flight[engine] += size
@@ -104,14 +118,18 @@ class RolloutFleet:
 
     async def _run(self, engine: int, prompts: Ref, rows: list[int]) -> Generated:
         try:
-            rollout, info = await self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
+            answers = self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
+            if self._baseline is None:
+                (rollout, info), baseline = await answers, None
+            else:
+                (rollout, info), baseline = await asyncio.gather(answers, self._baseline(engine, prompts, rows))
         finally:
             self._in_flight[engine] -= len(rows)
             if not self.prompts_in_flight:
                 self._busy_s += time.perf_counter() - self._busy_since
             async with self._changed:
                 self._changed.notify_all()
-        return Generated(rollout, info, engine)
+        return Generated(rollout, info, engine, baseline)
 
     def _slice(self, remaining: int) -> int:
         """Guided self-scheduling: half of an even share of what remains, within the limits."""

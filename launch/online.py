@@ -11,6 +11,8 @@ Invariants:
 - Nothing waits for a phase to end: a slice is scored while others are generated, and with
   ``online.max_staleness`` k the next k batches are generated while this one is trained on.
 - The ledger knows every prompt drawn; its books balance at every checkpoint.
+- A prompt that is dropped, because nothing can be learnt from its samples, is replaced within its own iteration, and
+  a place in a batch is filled anew at most ``online.max_redraws`` times.
 - If either coroutine fails the other ends, and the failure is what the run ends with.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from actors.credit import CreditActor, CreditReport
 from actors.critic import CriticActor
 from actors.policy import PolicyActor
 from actors.reports import TrainReport
+from actors.rollout import RolloutActor, RolloutInfo
 from actors.source import SourceActor
 from cluster.group import Ref
 from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
@@ -39,6 +43,9 @@ from launch.recorder import Recorder, Stopwatch
 from launch.roles import OnlineRoles
 from launch.stopping import StopRequest
 from launch.tasks import task_group
+
+#: Why the ledger says that a prompt was dropped.
+NO_SIGNAL = "no signal"
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,15 @@ class Experience:
         )
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """Rows of a PROMPTS batch that are to be answered, and their prompts' numbers."""
+
+    prompts: Ref
+    rows: list[int]
+    ids: list[int]
+
+
 class OnlineDriver:
     """Runs an online algorithm over its roles until the configured iteration, or until asked to stop."""
 
@@ -85,6 +101,8 @@ class OnlineDriver:
         self._stop = stop
         self._experience_dir = experience_dir
         self._labelling = Labelling(config, roles, recorder)
+        self._drawing = asyncio.Lock()
+        self._num_dropped = Counter[int]()
         samples_per_prompt = config.rollout.sampling.samples_per_prompt
         self._samples_per_prompt = samples_per_prompt
         self._fleet = RolloutFleet(
@@ -92,6 +110,7 @@ class OnlineDriver:
             prompts_in_flight_per_engine=config.rollout.prompts_in_flight_per_engine,
             largest_slice=max(1, config.online.scoring_batch_size // samples_per_prompt),
             on_dispatch=self._dispatched,
+            baseline=self._answer_greedily if config.algorithm.needs.baseline == "greedy" else None,
         )
         self._buffer: VersionBuffer[Scored] = VersionBuffer(
             config.online.batch_size,
@@ -121,44 +140,52 @@ class OnlineDriver:
         try:
             async with task_group() as slots:
                 while (slot := await self._buffer.wait_for_slot()) is not None:
-                    num_prompts = slot.num_rows // self._samples_per_prompt
-                    prompts, info = await self._roles.source.column_of(
-                        0, SourceActor.next_batch, self._state.cursor, num_prompts
-                    )
-                    self._state.drawn(info)
-                    slots.create_task(self._generate_and_score(slot, prompts, info.ids))
+                    drawn = await self._draw(slot.num_rows // self._samples_per_prompt)
+                    slots.create_task(self._generate_and_score(slot, drawn))
         except Exception as error:
             self._buffer.close(error)
+
+    async def _draw(self, num_prompts: int) -> list[_Prompts]:
+        """The next prompts of the data, without those of before a resume that are done with."""
+        drawn: list[_Prompts] = []
+        async with self._drawing:  # each draw begins where the one before ended
+            while num_prompts:
+                prompts, info = await self._roles.source.column_of(
+                    0, SourceActor.next_batch, self._state.cursor, num_prompts
+                )
+                if rows := self._state.drawn(info):
+                    drawn.append(_Prompts(prompts, rows, [info.ids[row] for row in rows]))
+                num_prompts -= len(rows)
+        return drawn
+
+    async def _answer_greedily(self, engine: int, prompts: Ref, rows: list[int]) -> Ref:
+        return (await self._roles.rollout.column_of(engine, RolloutActor.generate, prompts, rows, True))[0]
 
     def _dispatched(self, prompt_ids: Sequence[int], engine: int) -> None:
         self._state.ledger.dispatch(prompt_ids, engine=engine, policy_version=self._buffer.version)
 
-    async def _generate_and_score(self, slot: Slot, prompts: Ref, prompt_ids: Sequence[int]) -> None:
+    async def _generate_and_score(self, slot: Slot, drawn: list[_Prompts], num_redraws: int = 0) -> None:
         async with task_group() as scoring:
-            async for generated in self._fleet.generate(prompts, prompt_ids):
-                info = generated.info
-                self._state.ledger.generate(info.prompt_ids)
-                self._recorder.count("rollout", info.num_tokens, self._fleet.take_busy_s())
-                scoring.create_task(self._score(slot, generated))
+            for part in drawn:
+                async for generated in self._fleet.generate(part.prompts, part.ids, part.rows):
+                    info = generated.info
+                    self._state.ledger.generate(info.prompt_ids)
+                    self._recorder.count("rollout", info.num_tokens, self._fleet.take_busy_s())
+                    scoring.create_task(self._score(slot, generated, num_redraws))
 
-    async def _score(self, slot: Slot, generated: Generated) -> None:
-        """Have every scoring role add its column, and put the slice into the buffer."""
-        info = generated.info
-        scored = await self._labelling.label(generated.rollout)
-        self._state.ledger.score(info.prompt_ids)
-        self._buffer.put(
-            Chunk(
-                ChunkInfo(
-                    iteration=slot.iteration,
-                    prompt_ids=tuple(info.prompt_ids),
-                    num_rows=info.num_samples,
-                    num_tokens=info.num_tokens,
-                    oldest_version=info.oldest_version,
-                    newest_version=info.newest_version,
-                ),
-                scored,
-            )
-        )
+    async def _score(self, slot: Slot, generated: Generated, num_redraws: int) -> None:
+        """Have every scoring role add its column, and put the slice into the buffer; replace prompts that it drops."""
+        drop = num_redraws < self._config.online.max_redraws
+        labelled = await self._labelling.label(generated, drop=drop)
+        if labelled.kept is not None:
+            scored, info = labelled.kept
+            self._state.ledger.score(info.prompt_ids)
+            self._buffer.put(Chunk(_chunk_info(slot, info), scored))
+        if labelled.dropped:
+            self._state.ledger.drop(labelled.dropped, NO_SIGNAL)
+            self._num_dropped[slot.iteration] += len(labelled.dropped)
+            others = await self._draw(len(labelled.dropped))
+            await self._generate_and_score(slot, others, num_redraws + 1)
 
     async def _consume(self) -> None:
         state, saved = self._state, False
@@ -181,6 +208,8 @@ class OnlineDriver:
                 await self._save()
                 watch.lap("checkpoint")
             extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
+            if self._config.online.max_redraws:
+                extra["experience/dropped_prompts"] = float(self._num_dropped.pop(batch.iteration, 0))
             self._recorder.training(state.iteration, reports, extra, watch)
         if not saved:  # it was stopped, maybe before the first iteration
             await self._save()
@@ -247,3 +276,14 @@ class OnlineDriver:
         if not self._config.run.keep_experience:
             return None
         return self._experience_dir / f"iteration_{self._state.iteration:06d}.arrow"
+
+
+def _chunk_info(slot: Slot, info: RolloutInfo) -> ChunkInfo:
+    return ChunkInfo(
+        iteration=slot.iteration,
+        prompt_ids=tuple(info.prompt_ids),
+        num_rows=info.num_samples,
+        num_tokens=info.num_tokens,
+        oldest_version=info.oldest_version,
+        newest_version=info.newest_version,
+    )

@@ -13,6 +13,7 @@ from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, RolloutCo
 from algorithms.config import OnlineConfig
 from launch.errors import Problem
 from launch.fields import dotted, required
+from launch.settings import OnlineSettings
 
 
 def critic_where_needed(algorithm: OnlineConfig, critic: CriticConfig | None) -> Iterator[Problem]:
@@ -49,6 +50,16 @@ def groups_where_needed(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iter
         )
 
 
+def redrawn_prompts_have_groups(online: OnlineSettings, rollout: RolloutConfig) -> Iterator[Problem]:
+    """Whether the samples of a prompt differ can be asked of several."""
+    if online.max_redraws and rollout.sampling.samples_per_prompt < 2:
+        yield Problem(
+            "online.max_redraws",
+            f"{online.max_redraws}, but with one response to a prompt no prompt has two scores that differ",
+            "0, or rollout.sampling.samples_per_prompt of 2 or more",
+        )
+
+
 def overlong_margin_fits(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
     """The penalty of overlong responses rises within a response."""
     margin, longest = algorithm.reward.overlong_margin_tokens, rollout.sampling.max_response_tokens
@@ -66,4 +77,10 @@ def _missing(role: str, section: type[BaseModel], who: str, purpose: str) -> Pro
     return Problem(role, what, f"add it with at least {least}")
 
 
-ROLE_RULES = (critic_where_needed, reference_where_needed, groups_where_needed, overlong_margin_fits)
+ROLE_RULES = (
+    critic_where_needed,
+    reference_where_needed,
+    groups_where_needed,
+    redrawn_prompts_have_groups,
+    overlong_margin_fits,
+)

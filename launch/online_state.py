@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
 STATE_FILE = "state.json"
 LEDGER_FILE = "ledger.arrow"
 BUFFER_FOLDER = "buffer"
+_IN_FLIGHT = (PromptState.DRAWN, PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A batch of prompts that has not been trained on: where in the data it starts, and its prompts."""
+    """A draw of prompts that are not all done with: where in the data it starts, and its prompts."""
 
     cursor: str
     prompt_ids: tuple[int, ...]
@@ -45,9 +45,10 @@ class OnlineState:
     """The iteration, the KL coefficient, the place in the data, and the ledger.
 
     ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps the
-    samples that stand ready for training, and the cursor of the first batch of prompts that does not: after a resume
-    its prompts are drawn again under the same ids, and with the seeds that follow from these ids, so no prompt is
-    lost and none is trained on twice.
+    samples that stand ready for training, and the cursor of the first draw with a prompt that is neither ready nor
+    done with: after a resume prompts are drawn from there again under the same ids, those that are done with are passed
+    over, and the others are answered with the seeds that follow from their ids. So no prompt is lost and none is
+    trained on twice.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class OnlineState:
     ) -> None:
         self._config = config
         self._store = store
-        self._pending: deque[_Drawn] = deque()
+        self._pending: list[_Drawn] = []
         #: Where the samples lie that are ready for training, after a resume.
         self.buffered: Path | None = None
         self.iteration = iteration
@@ -92,8 +93,7 @@ class OnlineState:
         """The state that a checkpoint holds."""
         saved = json.loads((checkpoint / STATE_FILE).read_text())
         kl = config.algorithm.kl
-        buffered = [_Drawn(drawn["cursor"], tuple(drawn["prompt_ids"])) for drawn in saved["buffered"]]
-        ready = {prompt for drawn in buffered for prompt in drawn.prompt_ids}
+        ready = set(saved["buffered"])
         state = cls(
             config,
             store,
@@ -103,29 +103,33 @@ class OnlineState:
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
         )
-        state._pending.extend(buffered)
-        state.buffered = checkpoint / BUFFER_FOLDER if buffered else None
+        state.buffered = checkpoint / BUFFER_FOLDER if ready else None
         return state
 
-    def drawn(self, info: BatchInfo) -> None:
-        """Take note of a batch of prompts and move the cursor past it."""
-        self._pending.append(_Drawn(self.cursor, tuple(info.ids)))
-        # After a resume the first prompts are drawn for a second time; the ledger has kept them.
-        self.ledger.draw([prompt for prompt in info.ids if prompt >= self.ledger.next_prompt_id])
+    def drawn(self, info: BatchInfo) -> list[int]:
+        """Take note of a batch of prompts and move the cursor past it; returns the rows that are to be answered.
+
+        After a resume the first prompts are drawn for a second time. The ledger has kept those that were not done with;
+        the others were trained on or dropped, or stand ready for training, and are passed over.
+        """
+        known = self.ledger.next_prompt_id
+        waiting = set(self.ledger.prompts(PromptState.DRAWN))
+        rows = [row for row, prompt in enumerate(info.ids) if prompt >= known or prompt in waiting]
+        self._pending.append(_Drawn(self.cursor, tuple(info.ids[row] for row in rows)))
+        self.ledger.draw([prompt for prompt in info.ids if prompt >= known])
         self.cursor = info.next_cursor
+        return rows
 
     def consumed(self, prompt_ids: Sequence[int]) -> None:
-        """The oldest batch has been trained on, and the weights that came of it are version ``iteration + 1``.
+        """These have been trained on, and the weights that came of it are version ``iteration + 1``.
 
         Raises:
-            RuntimeError: the prompts trained on are not those of the oldest batch drawn.
+            LedgerError: not all of them were drawn and scored.
         """
-        oldest = self._pending.popleft()
-        if tuple(prompt_ids) != oldest.prompt_ids:
-            first, wanted = prompt_ids[:3], oldest.prompt_ids[:3]
-            raise RuntimeError(f"trained on prompts {first}..., but {wanted}... were drawn first")
         self.ledger.consume(prompt_ids, policy_version=self.iteration)
         self.ledger.commit()
+        in_flight = set(self.ledger.prompts(*_IN_FLIGHT))
+        self._pending = [drawn for drawn in self._pending if not in_flight.isdisjoint(drawn.prompt_ids)]
         self.iteration += 1
 
     def adapt_kl(self, report: CreditReport) -> None:
@@ -159,13 +163,14 @@ class OnlineState:
         # All of one moment: generation goes on while the roles write.
         ledger = self.ledger.to_arrow()
         ready = buffered_prompts(buffer)
-        waiting = [drawn for drawn in self._pending if ready.isdisjoint(drawn.prompt_ids)]
+        unfinished = set(self.ledger.prompts(*_IN_FLIGHT)) - ready
+        waiting = [drawn for drawn in self._pending if not unfinished.isdisjoint(drawn.prompt_ids)]
         state = {
             "iteration": self.iteration,
             "cursor": waiting[0].cursor if waiting else self.cursor,
             "data_fingerprint": self.fingerprint,
             "kl_coefficient": self.kl.coefficient,
-            "buffered": [asdict(drawn) for drawn in self._pending if not ready.isdisjoint(drawn.prompt_ids)],
+            "buffered": sorted(ready),
         }
         with self._store.writing(self.iteration) as folder:
             saving = [roles.policy.call(PolicyActor.save, folder / "policy")]
@@ -180,6 +185,6 @@ class OnlineState:
 def _unfinished_requeued(file: Path, ready: set[int]) -> Ledger:
     """The ledger of a checkpoint, with every prompt that is not ``ready`` for training back at the start of its way."""
     ledger = Ledger.from_arrow(open_table(file))
-    unfinished = ledger.prompts(PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED)
-    ledger.requeue([prompt for prompt in unfinished if prompt not in ready])
+    begun = ledger.prompts(PromptState.DISPATCHED, PromptState.GENERATED, PromptState.SCORED)
+    ledger.requeue([prompt for prompt in begun if prompt not in ready])
     return ledger

@@ -35,6 +35,10 @@ class OnlineSettings(FrozenConfig):
     max_staleness: int = Field(
         0, ge=0, description="Policy versions that generation may run ahead of training: 0 is on-policy PPO."
     )
+    max_redraws: int = Field(
+        0, ge=0, description="Dynamic sampling (DAPO): a prompt whose responses all have the same score is dropped and "
+        "another drawn in its place, at most so many times a place; the last one stays. 0: none is dropped."
+    )
     scoring_batch_size: PositiveInt = Field(
         64, description="Samples that are scored together as soon as that many are generated."
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.config import OnlineRunConfig
 from launch.configfile import load
 from launch.errors import ConfigError
 
@@ -188,3 +189,55 @@ def test_engines_run_an_adapter_that_is_there_and_that_vllm_takes() -> None:
     assert refused("ppo", *on_gpus) == refused("ppo", *on_gpus, "rollout.weight_transfer=shared_memory") == []
     [(where, what)] = refused("ppo", *on_gpus, "rollout.weight_transfer=nccl")
     assert (where, what) == ("rollout.weight_transfer", "nccl, but adapters travel through shared memory; auto")
+
+
+def test_a_critic_is_there_where_the_algorithm_needs_one() -> None:
+    [(where, what)] = refused("methods/grpo", "critic={model: {path: m}, optimizer: {learning_rate: 1.0e-5}}")
+    assert (where, what) == ("critic", "grpo learns without a critic; remove the section, or set algorithm.name to ppo")
+    found = refused("methods/grpo", "algorithm={name: ppo}")
+    assert found == [
+        (
+            "critic",
+            "the section is missing, and ppo needs it (the model that estimates what a prefix is worth); add it "
+            "with at least critic.model.path, critic.optimizer.learning_rate",
+        )
+    ]
+
+
+def test_a_kl_penalty_has_a_reference_or_an_adapter() -> None:
+    with_kl = ("algorithm.kl.coefficient=0.1",)
+    [(where, what)] = refused("methods/dr_grpo", *with_kl)
+    assert where == "reference"
+    assert what.startswith("the section is missing, and algorithm.kl.coefficient 0.1 needs it (the model that")
+    assert what.endswith("add it with at least reference.model.path; or set algorithm.kl.coefficient to 0")
+    assert refused("methods/dr_grpo", *with_kl, "policy.tuning={method: lora}") == []
+    config = load(EXAMPLES / "methods" / "dr_grpo.yaml", [*with_kl, "policy.tuning={method: lora}"])
+    assert isinstance(config, OnlineRunConfig) and config.policy_is_reference
+    assert config.placements().keys() == {"policy", "reward", "rollout", "credit", "source"}
+
+
+def test_what_compares_responses_has_several() -> None:
+    one = "rollout.sampling.samples_per_prompt=1"
+    [(where, what)] = refused("methods/grpo", one)
+    assert (where, what.partition(";")[0]) == (
+        "rollout.sampling.samples_per_prompt", "1, and grpo compares several responses to a prompt"
+    )
+    assert refused("methods/reinforce_plus_plus", one) == []
+    [(where, _)] = refused("methods/reinforce_plus_plus", one, "online.max_redraws=3")
+    assert where == "online.max_redraws"
+    [(where, what)] = refused("methods/grpo", "algorithm.reward.overlong_margin_tokens=11")
+    assert (where, what) == (
+        "algorithm.reward.overlong_margin_tokens",
+        "11 is more than rollout.sampling.max_response_tokens = 10; at most 10",
+    )
+
+
+def test_a_mistake_elsewhere_does_not_hide_a_missing_role() -> None:
+    found = refused("methods/grpo", "algorithm={name: ppo}", "run.sede=1")
+    assert [where for where, _ in found] == ["run.sede", "critic"]
+
+
+def test_ones_own_algorithm_is_an_online_run() -> None:
+    [(where, what)] = refused("methods/grpo", "algorithm={name: 'no_such_module:MINE'}")
+    assert where == "algorithm.name"
+    assert "module no_such_module cannot be imported" in what
