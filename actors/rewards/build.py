@@ -9,10 +9,12 @@ from actors.rewards.config import (
     CodeRewardConfig,
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
     TextRewardConfig,
 )
 from actors.rewards.face import TextReward
 from actors.rewards.function import FunctionReward
+from actors.rewards.judge import JudgeReward
 from actors.rewards.service import HttpReward
 from cluster.context import RankContext
 
@@ -33,5 +35,7 @@ def build_reward(config: TextRewardConfig, context: RankContext) -> TextReward:
             return CodeReward(config)
         case HttpRewardConfig():
             return HttpReward(config)
+        case JudgeRewardConfig():
+            return JudgeReward(config, context)
         case _:
             raise AssertionError(f"{type(config).__name__} is no reward over text")

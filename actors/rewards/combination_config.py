@@ -39,7 +39,8 @@ class PiecewiseConfig(FrozenConfig):
     helpfulness: str = Field(description="Name of the reward for helpfulness: a logit.")
     safety: str = Field(description="Name of the reward for safety: a logit.")
     tag_column: str | None = Field(
-        None, description="Column of the prompts' rows (data.keep_columns) tagging those of safety; none: there are none."
+        None,
+        description="Column of the prompts' rows (data.keep_columns) that tags those of safety; none: there are none.",
     )
     tag_values: tuple[StrictBool | StrictInt | StrictFloat | StrictStr, ...] = Field(
         ("safety", True), description="What the column holds for a prompt of safety."
