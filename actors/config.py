@@ -191,6 +191,21 @@ class TrainedRoleConfig(PlacementConfig):
 class PolicyConfig(TrainedRoleConfig):
     """The policy: any causal language model."""
 
+    ema_decay: float | None = Field(
+        None, ge=0, lt=1, description="Keep a moving average of the weights, in float32 and sharded over the ranks: "
+        "after each update, average = decay * average + (1 - decay) * weights (InstructGPT: 0.992). Exported as "
+        "`ema/`. None: none is kept."
+    )
+
+    @model_validator(mode="after")
+    def _average_is_of_weights(self) -> PolicyConfig:
+        if self.ema_decay is not None and self.tuning.has_adapter:
+            raise ValueError(
+                f"ema_decay needs tuning.method full, not {self.tuning.method}: the average of adapters is not the "
+                "adapter of the averaged weights, since A and B are multiplied"
+            )
+        return self
+
 
 class CriticConfig(TrainedRoleConfig):
     """The critic: a sequence-classification model with one label, usually the reward model."""

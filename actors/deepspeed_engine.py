@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
-from actors.models import PackedModel, enable_gradient_checkpointing, save_model
+from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
+from actors.normalisation import ScoreMap, fold
+from actors.moving_average import MovingAverage
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
 from actors.weights import WeightPart
@@ -47,8 +49,12 @@ _CHECKPOINT_TAG = "engine"
 class TrainEngine:
     """One rank's share of a model in training."""
 
-    def __init__(self, model: PackedModel, context: RankContext, config: TrainedRoleConfig) -> None:
+    def __init__(
+        self, model: PackedModel, context: RankContext, config: TrainedRoleConfig, ema_decay: float | None = None
+    ) -> None:
         """Tune ``model`` (the same on every rank) as ``config`` says, and shard it over the ranks. Collective.
+
+        With ``ema_decay`` a moving average of the weights is kept.
 
         Raises:
             RoleError: the ranks did not meet.
@@ -76,6 +82,9 @@ class TrainEngine:
         self._sharded = config.zero.stage == 3
         if self._plain:
             self._optimizer.register_step_pre_hook(self._clip)
+        self._average: MovingAverage | None = None
+        if ema_decay is not None:
+            self._average = MovingAverage(model, context, ema_decay, sharded=self._sharded)
 
     @property
     def device(self) -> torch.device:
@@ -127,6 +136,8 @@ class TrainEngine:
             self._refuse("the gradient holds values that are not finite", where)
         grad_norm = self._grad_norm if self._plain else float(self._engine.get_global_grad_norm())
         self._num_updates += 1
+        if self._average is not None:
+            self._average.update()
         return results | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def forward(self, micro_batches: Sequence[M], function: Callable[[nn.Module, M], Tensor]) -> list[Tensor]:
@@ -177,6 +188,8 @@ class TrainEngine:
         }
         if self._device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state()
+        if self._average is not None:
+            state["average"] = self._average.state()
         torch.save(state, folder / f"rank-{self._context.rank}.pt")
         self.barrier()
 
@@ -199,6 +212,8 @@ class TrainEngine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG, load_module_strict=whole)
         if path is None:
             raise RoleError(f"{self._context.role}: DeepSpeed found no checkpoint in {folder}")
+        if self._average is not None:
+            self._average.load(state.get("average"), folder)
         self._num_updates = state["num_updates"]
         torch.set_rng_state(state["torch"])
         if self._device.type == "cuda":
@@ -213,6 +228,21 @@ class TrainEngine:
         if self._context.rank == 0:
             save_model(self._model, weights, folder, tokenizer)
         self.barrier()
+        if self._context.rank == 0:
+            if mapped is not None and isinstance(self._model, TokenScorer):
+                fold(self._model, weights, mapped)
+            save_model(self._model, weights, folder, tokenizer)
+        self.barrier()
+
+    def export_average(self, folder: Path, tokenizer: Any) -> None:
+        """Write the moving average as a Hugging Face folder. Collective; the first rank writes.
+
+        Raises:
+            RoleError: none is kept.
+        """
+        if self._average is None:
+            raise RoleError(f"{self._context.role}: no moving average is kept; set ema_decay")
+        weights = {name: average.cpu() for name, average in self._average.whole() if self._context.rank == 0}
 
     def export_adapter(self, folder: Path) -> None:
         """Write adapter and head alone, as ``PeftModel.from_pretrained`` loads them. Collective; the first rank writes.

@@ -22,6 +22,7 @@ from actors.deepspeed_engine import TrainEngine
 from actors.models import load_causal_lm, load_tokenizer
 from actors.packed import Samples, response_logprobs
 from actors.policy_loss import DEVIATION, GAP, PolicyBatch, PolicyObjective, PolicyPack
+from actors.pretraining import PretrainingMix
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import score_responses
 from actors.updates import ScheduledUpdates, Size, all_ids, summarise, train_minibatches
@@ -54,6 +55,7 @@ class PolicyActor:
         self._context = context
         self._config = config
         self._num_epochs = algorithm.num_epochs
+        self._pretraining_coefficient = algorithm.pretraining.coefficient
         self._objective = PolicyObjective(algorithm, sampling)
         self._temperature = sampling.temperature
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
@@ -61,7 +63,7 @@ class PolicyActor:
         model = load_causal_lm(config.model, seed=seed)
         # Before the engine takes the model apart.
         layout = layout_of(model)
-        self._engine = TrainEngine(model, context, config)
+        self._engine = TrainEngine(model, context, config, config.ema_decay)
         self._sender = WeightSender(self._engine, context, layout, sharded=config.zero.stage == 3)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
@@ -86,12 +88,14 @@ class PolicyActor:
         credit: Sequence[pa.RecordBatch],
         ref_logprobs: Sequence[pa.RecordBatch] = (),
         kl_coefficient: float = 0.0,
+        pretraining: Sequence[pa.RecordBatch] = (),
     ) -> TrainReport:
         """All epochs and minibatches of one iteration. Collective; same arguments, and same report, on every rank.
 
         Args:
             ref_logprobs: by the reference, where the KL is in the loss; else no batch.
             kl_coefficient: of that KL.
+            pretraining: EXAMPLES that are learnt in the same updates, an even share in each; or no batch.
 
         Metrics are means over the iteration's updates, but for ``first_ratio_max_deviation``: the largest distance
         of a ratio from 1 on the first minibatch, which is numerical noise where nothing is wrong.
@@ -119,6 +123,7 @@ class PolicyActor:
             self._config.max_tokens_per_pack,
             make_pack,
             loss,
+            self._mix(pretraining) if pretraining else None,
         )
         num_tokens = sum(samples.lengths) * self._num_epochs
         report = summarise(reports, num_tokens, time.perf_counter() - started)
@@ -126,6 +131,16 @@ class PolicyActor:
         first = {"first_ratio_max_deviation": reports[0][DEVIATION], "first_logprob_gap": reports[0][GAP]}
         metrics = {name: value for name, value in report.metrics.items() if name not in (DEVIATION, GAP)}
         return TrainReport(metrics | first, report.num_tokens, report.seconds)
+
+    def _mix(self, examples: Sequence[pa.RecordBatch]) -> PretrainingMix:
+        return PretrainingMix(
+            examples,
+            self._updates.per_iteration,
+            self._pretraining_coefficient,
+            self._context,
+            self._engine.device,
+            self._config.max_tokens_per_pack,
+        )
 
     def weight_buckets(
         self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
@@ -180,6 +195,14 @@ class PolicyActor:
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, tokenizer included. Collective."""
         self._engine.export(folder, self._tokenizer)
+
+    def export_average(self, folder: Path) -> None:
+        """Write the moving average of the weights as a Hugging Face folder, tokenizer included. Collective.
+
+        Raises:
+            RoleError: none is kept.
+        """
+        self._engine.export_average(folder, self._tokenizer)
 
     def export_adapter(self, folder: Path) -> None:
         """Write the adapter alone, for PEFT. Collective.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from actors.config import OptimizerConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.packed import Samples
+from actors.pretraining import PretrainingMix, PretrainingPack
 from actors.reports import TrainReport
 from algorithms.config import OnlineConfig
 from algorithms.schedules import learning_rate
@@ -56,7 +57,12 @@ class ScheduledUpdates:
         self._num_epochs = algorithm.num_epochs
         self._num_minibatches = algorithm.num_minibatches
         self._seed = seed
-        self._num_updates = num_iterations * self._num_epochs * self._num_minibatches
+        self._num_updates = num_iterations * self.per_iteration
+
+    @property
+    def per_iteration(self) -> int:
+        """Updates of one iteration."""
+        return self._num_epochs * self._num_minibatches
 
     def of_iteration(self, iteration: int, num_rows: int) -> Iterator[Minibatch]:
         """The updates of ``iteration`` over a batch of ``num_rows`` samples, in order.
@@ -94,26 +100,34 @@ def train_minibatches(
     max_tokens: int,
     make_pack: Callable[[Sequence[int]], P],
     loss: MinibatchLoss[P],
+    pretraining: PretrainingMix | None = None,
 ) -> list[dict[str, float]]:
     """One update for each minibatch, and its metrics. Collective.
+
+    Args:
+        pretraining: text that is learnt in the same updates.
 
     Raises:
         TrainingDiverged: an update was refused.
         ValueError: a sample is longer than ``max_tokens``.
     """
     reports = []
-    for minibatch in updates:
+    for number, minibatch in enumerate(updates):
         plan = plan_packs([samples.lengths[row] for row in minibatch.rows], context.num_ranks, max_tokens)
         packs = [make_pack([minibatch.rows[unit] for unit in units]) for units in plan.packs[context.rank]]
         num_tokens = max(1, sum(samples.response_lengths[row] for row in minibatch.rows))
-        bound = partial(_of_minibatch, loss, Size(num_tokens, len(minibatch.rows)))
-        reports.append(engine.step(packs, bound, minibatch.learning_rate, minibatch.where))
+        more = [] if pretraining is None else pretraining.packs(number)
+        bound = partial(_of_minibatch, loss, Size(num_tokens, len(minibatch.rows)), pretraining)
+        reports.append(engine.step([*packs, *more], bound, minibatch.learning_rate, minibatch.where))
     return reports
 
 
 def _of_minibatch(
-    loss: MinibatchLoss[P], size: Size, model: nn.Module, pack: P
+    loss: MinibatchLoss[P], size: Size, pretraining: PretrainingMix | None, model: nn.Module, pack: P | PretrainingPack
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    if isinstance(pack, PretrainingPack):
+        assert pretraining is not None, "its packs come from it"
+        return pretraining.loss(model, pack)
     return loss(model, pack, size)
 
 

@@ -99,6 +99,20 @@ class CorrectionConfig(_Frozen):
         return self
 
 
+class PretrainingMixConfig(_Frozen):
+    """PPO-ptx: text of `pretraining_data` that is learnt in the same updates (InstructGPT).
+
+    An update's loss is that of the policy, a mean over response tokens as `normalise` says, plus coefficient times the
+    mean nats of a pre-training token.
+    """
+
+    coefficient: PositiveFloat = Field(
+        27.8, description="Weight of the mean nats of a pre-training token. InstructGPT's, of a normalisation that its "
+        "paper does not state: a place to start from."
+    )
+    examples_per_sample: PositiveInt = Field(8, description="Pre-training sequences for each sample of an update.")
+
+
 PolicyLossName = Literal["clip", "dual_clip", "gspo", "gspo_token", "cispo", "reinforce"]
 
 
@@ -145,6 +159,9 @@ class OnlineConfig(_Frozen):
     )
     correction: CorrectionConfig = Field(CorrectionConfig(), description="Weights against engine and age.")
     critic_warmup_iterations: int = Field(0, ge=0, description="First iterations that train the critic alone.")
+    pretraining: PretrainingMixConfig = Field(
+        PretrainingMixConfig(), description="The mixture with `pretraining_data`, where that is given."
+    )
 
     @model_validator(mode="before")
     @classmethod

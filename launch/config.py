@@ -170,6 +170,14 @@ class OnlineRunConfig(BaseRunConfig):
     @property
     def policy_is_reference(self) -> bool:
         """Whether the policy's own base, its adapter off, is what it is held close to."""
+    pretraining_data: DataConfig | None = Field(
+        None, description="Text that the policy goes on learning beside its samples (PPO-ptx), as `pretrain` reads it."
+    )
+
+    def placements(self) -> dict[str, PlacementConfig]:
+        """The placement of every role of the run, by the role's name."""
+        more = {} if self.pretraining_data is None else {"pretraining_source": SMALL_ROLE}
+        return super().placements() | more
         wanted = self.algorithm.kl.coefficient > 0
         return self.reference is None and wanted and self.policy.tuning.has_adapter
 

@@ -37,7 +37,7 @@ from launch.buffered import Scored, complete_iterations, read_buffered
 from launch.config import OnlineRunConfig
 from launch.fleet import Generated, RolloutFleet
 from launch.labelling import Labelling
-from launch.online_state import OnlineState
+from launch.online_state import OnlineState, TextPlace
 from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
 from launch.roles import OnlineRoles
@@ -260,10 +260,24 @@ class OnlineDriver:
                 [credit],
                 ref_logprobs,
                 self._state.kl.coefficient,
+                await self._draw_text(),
             )
             reports["policy"] = done[0]
         await self._publish(iteration + 1)
         return reports
+
+    async def _draw_text(self) -> list[Ref]:
+        """Pre-training text for an iteration's updates, where the run mixes it in."""
+        if (source := self._roles.pretraining_source) is None:
+            return []
+        if (place := self._state.pretraining) is None:
+            described = await source.call_one(0, SourceActor.describe)
+            place = TextPlace(described.first_cursor, described.fingerprint)
+        algorithm = self._config.algorithm
+        num_rows = algorithm.pretraining.examples_per_sample * self._config.online.batch_size * algorithm.num_epochs
+        text, info = await source.column_of(0, SourceActor.next_batch, place.cursor, num_rows)
+        self._state.pretraining = replace(place, cursor=info.next_cursor)
+        return [text]
 
     async def _publish(self, version: int) -> None:
         began = time.perf_counter()

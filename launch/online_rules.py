@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, RolloutConfig
-from algorithms.config import OnlineConfig
+from algorithms.config import OnlineConfig, PretrainingMixConfig
+from data.config import DataConfig
 from launch.errors import Problem
 from launch.fields import dotted, required
 from launch.settings import OnlineSettings
@@ -71,6 +72,23 @@ def overlong_margin_fits(algorithm: OnlineConfig, rollout: RolloutConfig) -> Ite
         )
 
 
+def pretraining_fits(
+    algorithm: OnlineConfig, policy: PolicyConfig, pretraining_data: DataConfig | None
+) -> Iterator[Problem]:
+    """Pre-training text is there where its mixture is configured, and its longest sequence fits one pack."""
+    if pretraining_data is None:
+        if algorithm.pretraining != PretrainingMixConfig():
+            yield Problem("algorithm.pretraining", "is set, and there is no text to mix in", "add pretraining_data")
+        return
+    longest, budget = pretraining_data.max_tokens, policy.max_tokens_per_pack
+    if longest > budget:
+        yield Problem(
+            "policy.max_tokens_per_pack",
+            f"{budget} is less than the longest sequence, pretraining_data.max_tokens = {longest}",
+            f"at least {longest}",
+        )
+
+
 def _missing(role: str, section: type[BaseModel], who: str, purpose: str) -> Problem:
     least = ", ".join(dotted((role, *key)) for key in required(section))
     what = f"the section is missing, and {who} needs it ({purpose})"
@@ -83,4 +101,5 @@ ROLE_RULES = (
     groups_where_needed,
     redrawn_prompts_have_groups,
     overlong_margin_fits,
+    pretraining_fits,
 )

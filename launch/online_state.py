@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,14 @@ class _Drawn:
     prompt_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TextPlace:
+    """Where in the pre-training text the next update begins, and the digest of what that means."""
+
+    cursor: str
+    fingerprint: str
+
+
 class OnlineState:
     """The iteration, the KL coefficient, the place in the data, and the ledger.
 
@@ -61,6 +69,7 @@ class OnlineState:
         fingerprint: str,
         kl: KLController,
         ledger: Ledger,
+        pretraining: TextPlace | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -72,6 +81,8 @@ class OnlineState:
         self.fingerprint = fingerprint
         self.kl = kl
         self.ledger = ledger
+        #: None until text is first mixed in.
+        self.pretraining = pretraining
 
     @classmethod
     def begin(cls, config: OnlineRunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
@@ -102,6 +113,7 @@ class OnlineState:
             fingerprint=saved["data_fingerprint"],
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
+            pretraining=None if (text := saved["pretraining"]) is None else TextPlace(**text),
         )
         state.buffered = checkpoint / BUFFER_FOLDER if ready else None
         return state
@@ -171,6 +183,7 @@ class OnlineState:
             "data_fingerprint": self.fingerprint,
             "kl_coefficient": self.kl.coefficient,
             "buffered": sorted(ready),
+            "pretraining": None if self.pretraining is None else asdict(self.pretraining),
         }
         with self._store.writing(self.iteration) as folder:
             saving = [roles.policy.call(PolicyActor.save, folder / "policy")]

@@ -74,6 +74,7 @@ class OnlineRoles:
     reward: RoleGroup[RewardActor]
     rollout: RoleGroup[RolloutActor]
     credit: RoleGroup[CreditActor]
+    pretraining_source: RoleGroup[SourceActor] | None = None
 
 
 @asynccontextmanager
@@ -124,6 +125,10 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
     async with _starter(config, config.placements(), log_dir) as start:
         async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
+            mixed_in = None
+            if config.pretraining_data is not None:
+                text = (resolve_data(config.pretraining_data), "examples", policy.model, seed, True)
+                mixed_in = starting.create_task(start(SourceActor, "pretraining_source", text))
             learned = starting.create_task(
                 start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations))
             )
@@ -144,6 +149,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             rewarded.result(),
             rolled_out.result(),
             credited.result(),
+            mixed_in.result() if mixed_in is not None else None,
         )
 
 

@@ -105,6 +105,9 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
         else:
             state = OnlineState.read(config, store, checkpoint)
             require_same_data(state.fingerprint, description, checkpoint)
+            if (text := state.pretraining) is not None and roles.pretraining_source is not None:
+                found = await roles.pretraining_source.call_one(0, SourceActor.describe)
+                require_same_data(text.fingerprint, found, checkpoint)
             loading = [roles.policy.call(PolicyActor.load, checkpoint / "policy")]
             if roles.critic is not None:
                 loading.append(roles.critic.call(CriticActor.load, checkpoint / "critic"))
@@ -113,6 +116,8 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
             stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir.experience).run()
         if not stopped:
             await roles.policy.call(PolicyActor.export, run_dir.model)
+            if config.policy.ema_decay is not None:
+                await roles.policy.call(PolicyActor.export_average, run_dir.ema)
             if config.policy.tuning.has_adapter:
                 await roles.policy.call(PolicyActor.export_adapter, run_dir.adapter)
     return RunResult(run_dir.path, state.iteration, stopped)

@@ -7,6 +7,8 @@
     experience/     iteration_000003.arrow, where run.keep_experience is on
     model/          the trained model in Hugging Face form, at the end; adapters are merged into it
     reliability.svg a reward model's accuracy by its confidence, on held-out comparisons
+    normalisation.json  what a reward model's scores were multiplied by and what was added, and why
+    ema/            the moving average of the policy, where policy.ema_decay is set
     adapter/        the adapter alone, as PEFT loads it, where the model was tuned by one
 
 Invariant: a folder is begun once. To begin again under the same name the user moves or removes it; nothing here does.
@@ -129,6 +131,11 @@ class RunDir:
     def model(self) -> Path:
         """The exported model."""
         return self.path / "model"
+
+    @property
+    def ema(self) -> Path:
+        """The exported moving average."""
+        return self.path / "ema"
 
     @property
     def adapter(self) -> Path:

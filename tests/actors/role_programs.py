@@ -125,6 +125,19 @@ def train_policy(
     return reports, actor.score(rollouts)[0].column("policy_logprobs").to_pylist()
 
 
+def train_with_text(
+    own: RankContext,
+    folder: Path,
+    stage: int,
+    rollouts: list[pa.RecordBatch],
+    credit: pa.RecordBatch,
+    text: list[pa.RecordBatch],
+    algorithm: dict[str, Any],
+) -> TrainReport:
+    """One iteration with pre-training text mixed in."""
+    return policy(own, folder, stage, **algorithm).train(0, rollouts, [credit], pretraining=text)
+
+
 def train_critic(
     own: RankContext,
     folder: Path,
