@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.core_model_loading
 from torch import Tensor, nn
 
 from actors.config import ModelConfig
@@ -197,6 +198,15 @@ def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tok
     network: Any = model.network
     network.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+
+
+def saved_form(model: PackedModel, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
+    """A weight as ``save_model`` would write it, which may be as several: what loads model files expects these.
+
+    Names and shapes differ from those in memory where Transformers stacks a mixture's experts, and in older families.
+    """
+    saved = transformers.core_model_loading.revert_weight_conversion(model.network, {name: weight})
+    return [(own, tensor.contiguous()) for own, tensor in saved.items()]
 
 
 def enable_gradient_checkpointing(model: PackedModel) -> None:

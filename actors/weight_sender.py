@@ -12,11 +12,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
-from actors.models import PREFIX
+from actors.models import PREFIX, PackedModel, saved_form
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta, handle_of, pack
 from actors.weights import Tally, WeightBucket, WeightManifest, WeightPart, dtype_name
 from cluster.context import RankContext
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from actors.vllm_engine.broadcast import WeightBroadcast
 
 
-def layout_of(model: nn.Module) -> list[WeightMeta]:
-    """What ``TrainEngine.weights`` will give of a model that no engine has sharded yet, in its order."""
+def layout_of(model: PackedModel) -> list[WeightMeta]:
+    """What ``TrainEngine.saved_weights`` will give of a model that no engine has sharded yet, in its order."""
     return [
-        WeightMeta(name.removeprefix(PREFIX), dtype_name(parameter.dtype), tuple(parameter.shape))
+        WeightMeta(own, dtype_name(weight.dtype), tuple(weight.shape))
         for name, parameter in model.named_parameters()
+        for own, weight in saved_form(model, name.removeprefix(PREFIX), parameter.detach().to("meta"))
     ]
 
 
@@ -55,7 +56,7 @@ class WeightSender:
     def buckets(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> Iterator[WeightBucket]:
         """Those parts in buckets, copied out of the model. With sharded weights collective: see ``join_gather``."""
         self._tally = Tally()
-        for parameters in self._engine.weights(bucket_bytes, parts):
+        for parameters in self._engine.saved_weights(bucket_bytes, parts):
             bucket = WeightBucket.of(parameters)
             self._tally.add(bucket)
             yield bucket
@@ -63,7 +64,7 @@ class WeightSender:
     def join_gather(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> None:
         """Take part in the first rank's ``buckets``; without sharded weights there is nothing to do."""
         if self._sharded:
-            for _ in self._engine.weights(bucket_bytes, parts):
+            for _ in self._engine.saved_weights(bucket_bytes, parts):
                 pass
 
     def layout(self) -> list[WeightMeta]:
@@ -88,7 +89,8 @@ class WeightSender:
 
         if self._broadcast is not None:
             self._broadcast.close()
-        weights = Weights(self.layout(), lambda: self._engine.weights(meeting.bucket_bytes), sharded=self._sharded)
+        size = meeting.bucket_bytes
+        weights = Weights(self.layout(), lambda: self._engine.saved_weights(size), sharded=self._sharded)
         self._broadcast = WeightBroadcast(meeting, self._context.rank, weights)
 
     def broadcast(self) -> None:
@@ -111,7 +113,7 @@ class WeightSender:
         """
         self._require_gpu("ipc")
         self._tally = Tally()
-        self._lists = self._engine.weights(bucket_bytes)
+        self._lists = self._engine.saved_weights(bucket_bytes)
 
     def share_next(self) -> SharedBucket | None:
         """The next weights, packed on this rank's GPU until this is called again; none after the last. Collective."""

@@ -88,6 +88,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
         with _adapted_layers_bare(self.model):
             self._expected = {name for name, _ in self.model.named_parameters()}
+            self._forget_packed_experts()
             initialize_layerwise_reload(self.model)
         self._reloading = True
 
@@ -172,6 +173,18 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         manager.add_adapter(adapter)
         manager.activate_adapter(ADAPTER_ID)
         self._adapter = {}
+
+    def _forget_packed_experts(self) -> None:
+        """Have the experts of a mixture packed again.
+
+        On CPU vLLM 0.32 packs them when their kernel is made, and a reload keeps the kernel: it would go on reading
+        weights that are not packed as if they were, without an error.
+        """
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
 
     def _partly_loaded(self) -> list[str]:
         """Layers of which some elements came and others did not.

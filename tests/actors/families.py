@@ -53,16 +53,16 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(_SHAPES)
 
 
-def shape(name: str) -> Any:
+def shape(name: str, **changes: Any) -> Any:
     """The Hugging Face configuration of a family."""
     kind, settings = _SHAPES[name]
-    return getattr(transformers, kind)(**settings)
+    return getattr(transformers, kind)(**(settings | changes))
 
 
-def write(folder: Path, name: str) -> Path:
+def write(folder: Path, name: str, **changes: Any) -> Path:
     """A model folder of a family, of some 20,000 weights, tokenizer included."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(shape(name), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(shape(name, **changes), dtype=torch.float32)
     spread(model)
     model.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from actors.config import ModelConfig
 from actors.errors import ModelError
-from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer, outline
-from actors.tuning import require_tunable
+from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer, outline, saved_form
+from actors.tuning import require_tunable, weight_sources
+from actors.weight_sender import layout_of
+from actors.weights import dtype_name
 from tests.actors import families
 from tests.actors import tuning_programs as programs
 from tests.actors.ranks import Ranks
@@ -147,6 +150,23 @@ def test_all_linear_layers_are_found(name: str, folders: Path) -> None:
     assert found == require_tunable(load_causal_lm(config.model), config, "cpu")
     per_block = LAYERS.get(name, USUAL) - {"output_layer"}
     assert len(found) >= 2 * len(per_block)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_engines_are_sent_what_a_model_file_holds(name: str, folders: Path) -> None:
+    """By the names of files, not of memory: engines know no others. And so it is announced."""
+    with safe_open(folders / name / "model.safetensors", framework="pt") as file:
+        expected = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dictionary
+    model = load_causal_lm(model_config(folders, name))
+    sent = [
+        form
+        for source in weight_sources(model, None)
+        for form in saved_form(model, source.name, source.value())
+    ]
+    assert dict(sent).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in sent)
+    told = [(meta.name, meta.dtype, meta.shape) for meta in layout_of(model)]
+    assert told == [(key, dtype_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in sent]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
