@@ -64,7 +64,7 @@ class PolicyActor:
         # Before the engine takes the model apart.
         layout = layout_of(model)
         self._engine = TrainEngine(model, context, config, config.ema_decay)
-        self._sender = WeightSender(self._engine, context, layout, sharded=config.zero.stage == 3)
+        self._sender = WeightSender(self._engine, model, context, layout, sharded=config.zero.stage == 3)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Log-probs of the response tokens under the current weights: POLICY_LOGPROBS of this rank's rows."""

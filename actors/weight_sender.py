@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
 from actors.models import PREFIX, PackedModel, saved_form
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta, handle_of, pack
-from actors.weights import Tally, WeightBucket, WeightManifest, WeightPart, dtype_name
+from actors.weights import ADAPTER_PREFIX, Tally, WeightBucket, WeightManifest, WeightPart, dtype_name
 from cluster.context import RankContext
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def layout_of(model: PackedModel) -> list[WeightMeta]:
-    """What ``TrainEngine.saved_weights`` will give of a model that no engine has sharded yet, in its order."""
+    """What will be sent of a model that no engine has sharded yet, in its order."""
     return [
         WeightMeta(own, dtype_name(weight.dtype), tuple(weight.shape))
         for name, parameter in model.named_parameters()
@@ -38,9 +39,17 @@ class WeightSender:
     """Sends a trained model's weights, by shared memory, NCCL or CUDA-IPC."""
 
     def __init__(
-        self, engine: TrainEngine, context: RankContext, layout: Sequence[WeightMeta], *, sharded: bool
+        self,
+        engine: TrainEngine,
+        model: PackedModel,
+        context: RankContext,
+        layout: Sequence[WeightMeta],
+        *,
+        sharded: bool,
     ) -> None:
+        """Of ``model``, which ``engine`` trains and whose ``layout`` was taken before it did."""
         self._engine = engine
+        self._model = model
         self._context = context
         self._layout = list(layout)
         self._sharded = sharded
@@ -56,7 +65,7 @@ class WeightSender:
     def buckets(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> Iterator[WeightBucket]:
         """Those parts in buckets, copied out of the model. With sharded weights collective: see ``join_gather``."""
         self._tally = Tally()
-        for parameters in self._engine.saved_weights(bucket_bytes, parts):
+        for parameters in self._saved(bucket_bytes, parts):
             bucket = WeightBucket.of(parameters)
             self._tally.add(bucket)
             yield bucket
@@ -64,7 +73,7 @@ class WeightSender:
     def join_gather(self, bucket_bytes: int, parts: Sequence[WeightPart]) -> None:
         """Take part in the first rank's ``buckets``; without sharded weights there is nothing to do."""
         if self._sharded:
-            for _ in self._engine.saved_weights(bucket_bytes, parts):
+            for _ in self._saved(bucket_bytes, parts):
                 pass
 
     def layout(self) -> list[WeightMeta]:
@@ -90,7 +99,7 @@ class WeightSender:
         if self._broadcast is not None:
             self._broadcast.close()
         size = meeting.bucket_bytes
-        weights = Weights(self.layout(), lambda: self._engine.saved_weights(size), sharded=self._sharded)
+        weights = Weights(self.layout(), lambda: self._saved(size), sharded=self._sharded)
         self._broadcast = WeightBroadcast(meeting, self._context.rank, weights)
 
     def broadcast(self) -> None:
@@ -113,7 +122,7 @@ class WeightSender:
         """
         self._require_gpu("ipc")
         self._tally = Tally()
-        self._lists = self._engine.saved_weights(bucket_bytes)
+        self._lists = self._saved(bucket_bytes)
 
     def share_next(self) -> SharedBucket | None:
         """The next weights, packed on this rank's GPU until this is called again; none after the last. Collective."""
@@ -125,6 +134,17 @@ class WeightSender:
         self._tally.add_layout(metas)
         uuid, handle = handle_of(self._shared)
         return SharedBucket(metas, sizes, {uuid: handle})
+
+    def _saved(
+        self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """The engine's weights in the form in which Transformers saves them; an adapter as it is."""
+        for weights in self._engine.weights(bucket_bytes, parts):
+            forms = (
+                [(name, weight)] if name.startswith(ADAPTER_PREFIX) else saved_form(self._model, name, weight)
+                for name, weight in weights
+            )
+            yield list(chain.from_iterable(forms))
 
     def _require_gpu(self, way: str) -> None:
         if self._context.device != "cuda":
