@@ -70,7 +70,7 @@ def _passes(check: Any) -> Callable[[str, Any], Verdict]:
         case NumericCheck():
             return lambda response, answer: _numeric(last_number(response), answer, check.tolerance)
         case Gsm8kCheck():
-            return lambda response, answer: _numeric(marked_number(response, check.needs_mark), answer, 1e-6)
+            return lambda response, answer: _numeric(marked_number(response, check.needs_mark), answer, 0.0)
         case MathCheck():
             return lambda response, answer: _mathematics(check, response, answer)
         case RegexCheck():

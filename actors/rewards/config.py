@@ -101,7 +101,7 @@ class NumericCheck(_Check):
 
     name: Literal["numeric"] = Field(description="The last number in the response equals the answer.")
     column: str = Field("answer", description="Column that holds the answer: a number, or a text with one.")
-    tolerance: NotNegative = Field(1e-6, description="Distance allowed, relative to the answer where that is above 1.")
+    tolerance: NotNegative = Field(1e-9, description="Distance allowed, relative to the answer where that is above 1.")
 
 
 class Gsm8kCheck(_Check):
