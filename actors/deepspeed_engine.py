@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
-from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model, saved_form
+from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
 from actors.normalisation import ScoreMap, fold
 from actors.moving_average import MovingAverage
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
-from actors.weights import ADAPTER_PREFIX, WeightPart
+from actors.weights import WeightPart
 from actors.zero_settings import forward_settings, training_settings
 from cluster.context import RankContext
 
@@ -172,17 +172,6 @@ class TrainEngine:
         for sources in _buckets(wanted, bucket_bytes):
             with self._gathered([parameter for source in sources for parameter in source.parameters]):
                 yield [(source.name, source.value()) for source in sources]
-
-    def saved_weights(
-        self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
-    ) -> Iterator[list[tuple[str, Tensor]]]:
-        """As ``weights``, in the form in which Transformers saves them; an adapter as it is."""
-        for weights in self.weights(bucket_bytes, parts):
-            forms = (
-                [(name, weight)] if name.startswith(ADAPTER_PREFIX) else saved_form(self._model, name, weight)
-                for name, weight in weights
-            )
-            yield list(chain.from_iterable(forms))
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer states, counters and this rank's random states into ``folder``. Collective."""

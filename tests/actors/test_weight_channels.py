@@ -172,7 +172,8 @@ def test_ways_between_gpus_are_refused_on_cpu(way: Any, tmp_path: Path) -> None:
     with pytest.raises(RolloutError, match=f"{way} goes from GPU to GPU.*use auto or shared_memory"):
         RolloutActor(context(role="rollout"), config, ModelConfig(path=str(tmp_path)), 0)
     engine: Any = SimpleNamespace(weights=lambda bucket_bytes: iter(()))
-    sender = WeightSender(engine, context(), METAS, sharded=False)
+    model: Any = None
+    sender = WeightSender(engine, model, context(), METAS, sharded=False)
     meeting = Meeting.of("127.0.0.1", 1, [1], 1 << 20)
     with pytest.raises(RoleError, match=f"{way} goes from GPU to GPU"):
         sender.open_broadcast(meeting) if way == "nccl" else sender.begin_sharing(1 << 20)
