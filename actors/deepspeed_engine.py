@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
-from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
-from actors.normalisation import ScoreMap, fold
+from actors.models import PackedModel, enable_gradient_checkpointing, save_model
 from actors.moving_average import MovingAverage
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
@@ -228,11 +227,6 @@ class TrainEngine:
         if self._context.rank == 0:
             save_model(self._model, weights, folder, tokenizer)
         self.barrier()
-        if self._context.rank == 0:
-            if mapped is not None and isinstance(self._model, TokenScorer):
-                fold(self._model, weights, mapped)
-            save_model(self._model, weights, folder, tokenizer)
-        self.barrier()
 
     def export_average(self, folder: Path, tokenizer: Any) -> None:
         """Write the moving average as a Hugging Face folder. Collective; the first rank writes.
@@ -243,6 +237,9 @@ class TrainEngine:
         if self._average is None:
             raise RoleError(f"{self._context.role}: no moving average is kept; set ema_decay")
         weights = {name: average.cpu() for name, average in self._average.whole() if self._context.rank == 0}
+        if self._context.rank == 0:
+            save_model(self._model, weights, folder, tokenizer)
+        self.barrier()
 
     def export_adapter(self, folder: Path) -> None:
         """Write adapter and head alone, as ``PeftModel.from_pretrained`` loads them. Collective; the first rank writes.

@@ -150,7 +150,7 @@ class OnlineRunConfig(BaseRunConfig):
     """PPO, GRPO and their kin: each role on its own group of processes. Which there are, the algorithm says."""
 
     RULES = ONLINE_RULES
-    ROLES = ("policy", "critic", "reference", "reward", "rollout")
+    ROLES = ("policy", "critic", "reference", "reward", "rollout", "baseline")
     SMALL_ROLES = ("credit", "source")
 
     algorithm: OnlineConfig = Field(description="How the policy learns.")
@@ -166,10 +166,10 @@ class OnlineRunConfig(BaseRunConfig):
     )
     reward: RewardConfig = Field(description="The model that scores whole responses.")
     rollout: RolloutConfig = Field(description="The engines that generate.")
-
-    @property
-    def policy_is_reference(self) -> bool:
-        """Whether the policy's own base, its adapter off, is what it is held close to."""
+    baseline: RolloutConfig | None = Field(
+        None, description="Engines that keep the weights that the policy began with, and answer each prompt once; "
+        "where the algorithm compares with them (initial_baseline), and only there."
+    )
     pretraining_data: DataConfig | None = Field(
         None, description="Text that the policy goes on learning beside its samples (PPO-ptx), as `pretrain` reads it."
     )
@@ -178,6 +178,10 @@ class OnlineRunConfig(BaseRunConfig):
         """The placement of every role of the run, by the role's name."""
         more = {} if self.pretraining_data is None else {"pretraining_source": SMALL_ROLE}
         return super().placements() | more
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """Whether the policy's own base, its adapter off, is what it is held close to."""
         wanted = self.algorithm.kl.coefficient > 0
         return self.reference is None and wanted and self.policy.tuning.has_adapter
 

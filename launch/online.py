@@ -110,7 +110,9 @@ class OnlineDriver:
             prompts_in_flight_per_engine=config.rollout.prompts_in_flight_per_engine,
             largest_slice=max(1, config.online.scoring_batch_size // samples_per_prompt),
             on_dispatch=self._dispatched,
-            baseline=self._answer_greedily if config.algorithm.needs.baseline == "greedy" else None,
+            baseline={
+                "none": None, "greedy": self._answer_greedily, "initial": self._answer_as_at_first
+            }[config.algorithm.needs.baseline],
         )
         self._buffer: VersionBuffer[Scored] = VersionBuffer(
             config.online.batch_size,
@@ -160,6 +162,11 @@ class OnlineDriver:
 
     async def _answer_greedily(self, engine: int, prompts: Ref, rows: list[int]) -> Ref:
         return (await self._roles.rollout.column_of(engine, RolloutActor.generate, prompts, rows, True))[0]
+
+    async def _answer_as_at_first(self, engine: int, prompts: Ref, rows: list[int]) -> Ref:
+        engines = self._roles.baseline
+        assert engines is not None, "launch.online_rules require it"
+        return (await engines.column_of(engine % engines.num_ranks, RolloutActor.generate, prompts, rows))[0]
 
     def _dispatched(self, prompt_ids: Sequence[int], engine: int) -> None:
         self._state.ledger.dispatch(prompt_ids, engine=engine, policy_version=self._buffer.version)

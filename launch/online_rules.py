@@ -41,6 +41,29 @@ def reference_where_needed(
         yield Problem(problem.where, problem.what, f"{problem.right}; or set algorithm.kl.coefficient to 0")
 
 
+def baseline_where_needed(
+    algorithm: OnlineConfig, rollout: RolloutConfig, baseline: RolloutConfig | None
+) -> Iterator[Problem]:
+    """Engines with the initial weights are there exactly where the algorithm compares with them, and answer once."""
+    initial = algorithm.needs.baseline == "initial"
+    if initial and baseline is None:
+        yield _missing("baseline", RolloutConfig, algorithm.name, "engines that keep the initial weights")
+    elif baseline is not None and not initial:
+        yield Problem(
+            "baseline", f"{algorithm.name} compares with no initial model", "remove the section, or initial_baseline"
+        )
+    elif baseline is not None and baseline.sampling.samples_per_prompt != 1:
+        number = baseline.sampling.samples_per_prompt
+        yield Problem("baseline.sampling.samples_per_prompt", f"{number}, and one response is the baseline", "1")
+    elif baseline is not None and baseline.sampling.max_response_tokens > rollout.sampling.max_response_tokens:
+        longest = rollout.sampling.max_response_tokens
+        yield Problem(
+            "baseline.sampling.max_response_tokens",
+            f"{baseline.sampling.max_response_tokens} is more than the policy's own, {longest}",
+            f"{longest}, so that the two are scored alike",
+        )
+
+
 def groups_where_needed(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
     """What compares the samples of a prompt has several."""
     if algorithm.needs.groups and rollout.sampling.samples_per_prompt < 2:
@@ -98,6 +121,7 @@ def _missing(role: str, section: type[BaseModel], who: str, purpose: str) -> Pro
 ROLE_RULES = (
     critic_where_needed,
     reference_where_needed,
+    baseline_where_needed,
     groups_where_needed,
     redrawn_prompts_have_groups,
     overlong_margin_fits,

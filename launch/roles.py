@@ -74,6 +74,7 @@ class OnlineRoles:
     reward: RoleGroup[RewardActor]
     rollout: RoleGroup[RolloutActor]
     credit: RoleGroup[CreditActor]
+    baseline: RoleGroup[RolloutActor] | None = None
     pretraining_source: RoleGroup[SourceActor] | None = None
 
 
@@ -125,7 +126,11 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
     async with _starter(config, config.placements(), log_dir) as start:
         async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
-            mixed_in = None
+            compared = mixed_in = None
+            if (baseline := config.baseline) is not None:
+                way = weight_transfer(policy, baseline, config.cluster)
+                engines = baseline.model_copy(update={"weight_transfer": way})
+                compared = starting.create_task(start(RolloutActor, "baseline", (engines, policy.model, seed)))
             if config.pretraining_data is not None:
                 text = (resolve_data(config.pretraining_data), "examples", policy.model, seed, True)
                 mixed_in = starting.create_task(start(SourceActor, "pretraining_source", text))
@@ -149,6 +154,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             rewarded.result(),
             rolled_out.result(),
             credited.result(),
+            compared.result() if compared is not None else None,
             mixed_in.result() if mixed_in is not None else None,
         )
 
@@ -161,13 +167,14 @@ async def _starter(
     placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)
 
     async def start(role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:
+        generates = role in ("rollout", "baseline")
         spec = RoleSpec(
             role,
             wanted[role],
             config.run.seed,
             log_dir,
-            environment=engine_environment(runs_on_gpu(wanted[role], config.cluster)) if role == "rollout" else {},
-            is_async=role == "rollout",
+            environment=engine_environment(runs_on_gpu(wanted[role], config.cluster)) if generates else {},
+            is_async=generates,
         )
         return await RoleGroup.start(role_class, spec, placement, config.cluster, args)
 

@@ -253,9 +253,17 @@ def colocation(
     reference: PlacementConfig | None,
     reward: PlacementConfig,
     rollout: PlacementConfig,
+    baseline: PlacementConfig | None,
 ) -> Iterator[Problem]:
     """Roles of one colocation group share one accelerator rank by rank."""
-    given = {"policy": policy, "critic": critic, "reference": reference, "reward": reward, "rollout": rollout}
+    given = {
+        "policy": policy,
+        "critic": critic,
+        "reference": reference,
+        "reward": reward,
+        "rollout": rollout,
+        "baseline": baseline,
+    }
     roles = {name: role for name, role in given.items() if role is not None}
     groups: dict[str, list[str]] = {}
     for name, role in roles.items():

@@ -20,6 +20,7 @@ from launch.metrics import MetricsWriter
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.progress import Progress
+from launch.publish import publish_weights
 from launch.recorder import Recorder
 from launch.reference_pass import score_by_learner, score_by_role
 from launch.roles import online_roles, reference_roles, supervised_roles
@@ -100,6 +101,10 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
     checkpoint = store.latest() if resume else None
     async with online_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
+        if roles.baseline is not None and config.baseline is not None:
+            # Now, while the policy still has the weights that it begins with.
+            bucket_bytes = config.baseline.bucket_bytes
+            await publish_weights(roles.policy, roles.baseline, version=0, bucket_bytes=bucket_bytes)
         if checkpoint is None:
             state = OnlineState.begin(config, store, description)
         else:

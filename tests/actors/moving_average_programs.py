@@ -59,9 +59,12 @@ def refused(own: RankContext, folder: Path, target: Path) -> list[str]:
     without = engine(own, folder, 1, None)
     without.save(target)
     said = []
-    for attempt in (lambda: without.export_average(target, None), lambda: engine(own, folder, 1).load(target)):
-        try:
-            attempt()
-        except RoleError as error:
-            said.append(str(error))
+    try:
+        without.export_average(target, None)
+    except RoleError as error:
+        said.append(str(error))
+    try:
+        engine(own, folder, 1).load(target)
+    except RoleError as error:
+        said.append(str(error))
     return said

@@ -23,9 +23,9 @@ def test_it_follows_the_weights(stage: int, dtype: str, models: Path, two_ranks:
             expected = weights[0][name].float()
             for after in weights[1:]:
                 expected = programs.DECAY * expected + (1 - programs.DECAY) * after[name].float()
-            tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-6}
-            torch.testing.assert_close(average, expected.to(average.dtype), **tolerance)
-            torch.testing.assert_close(resumed[name], average, **tolerance)
+            rtol = 1e-5 if dtype == "float32" else 2**-8
+            torch.testing.assert_close(average, expected.to(average.dtype), rtol=rtol, atol=1e-6)
+            torch.testing.assert_close(resumed[name], average, rtol=rtol, atol=1e-6)
         moved = [name for name, average in averages.items() if not torch.equal(average, weights[-1][name])]
         assert len(moved) > len(averages) / 2
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ema", dtype="auto")
@@ -37,7 +37,7 @@ def test_what_is_not_kept_is_refused(models: Path, one_rank: Ranks, tmp_path: Pa
     (said,) = one_rank.run(programs.refused, models / "qwen2", tmp_path)
     assert [part for part in said if "set ema_decay" in part]
     assert [part for part in said if "has no moving average" in part]
-    with pytest.raises(ValidationError, match="ema_decay needs tuning.method full, not lora"):
+    with pytest.raises(ValidationError, match=r"ema_decay needs tuning\.method full, not lora"):
         PolicyConfig.model_validate(
             {"model": {"path": "m"}, "optimizer": {"learning_rate": 1}, "tuning": {"method": "lora"}, "ema_decay": 0.9}
         )

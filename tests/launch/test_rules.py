@@ -241,3 +241,28 @@ def test_ones_own_algorithm_is_an_online_run() -> None:
     [(where, what)] = refused("methods/grpo", "algorithm={name: 'no_such_module:MINE'}")
     assert where == "algorithm.name"
     assert "module no_such_module cannot be imported" in what
+
+
+def test_engines_with_the_initial_weights_are_there_where_they_are_the_baseline() -> None:
+    one = "baseline={sampling: {max_response_tokens: 4}}"
+    assert refused("methods/initial_baseline") == []
+    [(where, what)] = refused("methods/rloo", one)
+    assert (where, what.partition(";")[0]) == ("baseline", "rloo compares with no initial model")
+    [(where, what)] = refused("methods/rloo", "algorithm={name: initial_baseline}")
+    assert where == "baseline"
+    assert what.endswith("add it with at least baseline.sampling.max_response_tokens")
+    [(where, _)] = refused("methods/initial_baseline", "baseline.sampling.samples_per_prompt=2")
+    assert where == "baseline.sampling.samples_per_prompt"
+    [(where, _)] = refused("methods/initial_baseline", "baseline.sampling.max_response_tokens=11")
+    assert where == "baseline.sampling.max_response_tokens"
+    config = load(EXAMPLES / "methods" / "initial_baseline.yaml")
+    assert "baseline" in config.placements()
+
+
+def test_text_is_mixed_in_where_it_is_given() -> None:
+    [(where, what)] = refused("ppo", "algorithm.pretraining.coefficient=2")
+    assert (where, what) == ("algorithm.pretraining", "is set, and there is no text to mix in; add pretraining_data")
+    text = "pretraining_data={train: a.txt, max_tokens: 513}"
+    assert [where for where, _ in refused("ppo", text)] == ["policy.max_tokens_per_pack"]
+    config = load(EXAMPLES / "methods" / "ppo_ptx.yaml")
+    assert "pretraining_source" in config.placements()
