@@ -85,17 +85,20 @@ def samples_fit(
     critic: TrainedRoleConfig | None,
     reference: ScorerConfig | None,
     reward: ScorerConfig,
+    baseline: RolloutConfig | None,
 ) -> Iterator[Problem]:
     """The longest sample (prompt plus response) fits the engine and one pack of every role."""
     response = rollout.sampling.max_response_tokens
     longest = data.max_tokens + response
     parts = f"data.max_tokens {data.max_tokens} + rollout.sampling.max_response_tokens {response}"
-    if rollout.max_model_tokens is not None and longest > rollout.max_model_tokens:
-        yield Problem(
-            "rollout.max_model_tokens",
-            f"{rollout.max_model_tokens} is less than the longest sample, {parts} = {longest} tokens",
-            f"at least {longest}, or a smaller part",
-        )
+    for name, engines in (("rollout", rollout), ("baseline", baseline)):
+        most = None if engines is None else engines.max_model_tokens
+        if most is not None and longest > most:
+            yield Problem(
+                f"{name}.max_model_tokens",
+                f"{most} is less than the longest sample, {parts} = {longest} tokens",
+                f"at least {longest}, or a smaller part",
+            )
     for name, role in (("policy", policy), ("critic", critic), ("reference", reference), ("reward", reward)):
         if role is not None:
             yield from _pack_holds(name, role.max_tokens_per_pack, longest, f"the longest sample, {parts}")
@@ -189,24 +192,32 @@ def _model_role(name: str, role: PlacementConfig, model: ModelConfig, cluster: C
             )
 
 
-def engines_suit_devices(cluster: ClusterConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+def engines_suit_devices(
+    cluster: ClusterConfig, rollout: RolloutConfig, baseline: RolloutConfig | None
+) -> Iterator[Problem]:
     """An engine has as many GPUs as it is spread over, and leaves room for who shares them."""
+    for name, engines in (("rollout", rollout), ("baseline", baseline)):
+        if engines is not None:
+            yield from _engine_suits_device(name, engines, cluster)
+
+
+def _engine_suits_device(name: str, rollout: RolloutConfig, cluster: ClusterConfig) -> Iterator[Problem]:
     size, gpus = rollout.tensor_parallel_size, rollout.gpus_per_rank
     if not runs_on_gpu(rollout, cluster):
         if size > 1:
             yield Problem(
-                "rollout.tensor_parallel_size", f"{size}, but the engines run on CPU", "1, and more in ranks_per_node"
+                f"{name}.tensor_parallel_size", f"{size}, but the engines run on CPU", "1, and more in ranks_per_node"
             )
         return
     if size > 1 and gpus != size:
-        yield Problem("rollout.gpus_per_rank", f"{gpus:g}, but tensor_parallel_size is {size}", f"{size}")
+        yield Problem(f"{name}.gpus_per_rank", f"{gpus:g}, but tensor_parallel_size is {size}", f"{size}")
     if size == 1 and gpus > 1:
         yield Problem(
-            "rollout.gpus_per_rank", f"{gpus:g}, but tensor_parallel_size is 1", "make the two equal, or 1 GPU a rank"
+            f"{name}.gpus_per_rank", f"{gpus:g}, but tensor_parallel_size is 1", "make the two equal, or 1 GPU a rank"
         )
     if gpus < 1 and rollout.kv_cache_bytes is None and rollout.gpu_memory_fraction > gpus:
         yield Problem(
-            "rollout.gpu_memory_fraction",
+            f"{name}.gpu_memory_fraction",
             f"the engine takes {rollout.gpu_memory_fraction:g} of a GPU's memory but has {gpus:g} of the GPU",
             f"at most {gpus:g}, or set kv_cache_bytes",
         )
