@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.rewards.config import TextRewardConfig
-from actors.rewards.face import Answer, RewardFailure, RewardSample, TextReward
+from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, TextReward
+
+#: Reasons that another try does not change.
+FINAL = frozenset({Reason.BAD_ROW, Reason.REFUSED})
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,17 @@ async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample]
         RewardError: the reward cannot score anything as it is configured.
     """
     answers: list[Answer] = await _answers(reward, samples)
-    tries: Counter[str] = Counter()
+    tries = Counter(_reasons(answers))
     num_retried = 0
-    for attempt in range(config.num_retries + 1):
-        failed = [at for at, answer in enumerate(answers) if isinstance(answer, RewardFailure)]
-        tries.update(answer.reason for answer in answers if isinstance(answer, RewardFailure))
-        if not failed or attempt == config.num_retries:
+    for attempt in range(config.num_retries):
+        failed = [at for at, answer in enumerate(answers) if _may_be_tried_again(answer)]
+        if not failed:
             break
         # Half of it at least, and not all ranks at the same time.
         await asyncio.sleep(config.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0))
-        num_retried += len(failed)
         again = await _answers(reward, [samples[at] for at in failed])
+        num_retried += len(failed)
+        tries.update(_reasons(again))
         tried = dict(zip(failed, again, strict=True))
         answers = [tried.get(at, answer) for at, answer in enumerate(answers)]
     failures = {at: answer for at, answer in enumerate(answers) if isinstance(answer, RewardFailure)}
@@ -60,3 +63,11 @@ async def _answers(reward: TextReward, samples: Sequence[RewardSample]) -> list[
     answers = await reward.score(samples)
     assert len(answers) == len(samples), f"{type(reward).__name__}: {len(answers)} answers for {len(samples)} samples"
     return answers
+
+
+def _reasons(answers: Sequence[Answer]) -> list[str]:
+    return [str(answer.reason) for answer in answers if isinstance(answer, RewardFailure)]
+
+
+def _may_be_tried_again(answer: Answer) -> bool:
+    return isinstance(answer, RewardFailure) and answer.reason not in FINAL

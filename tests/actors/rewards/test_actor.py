@@ -140,6 +140,24 @@ async def test_without_tries_left_the_first_failure_counts() -> None:
     assert (await score_with_retries(Never(), [], config)).scores == []
 
 
+async def test_what_would_fail_again_is_not_tried_again() -> None:
+    class Refused:
+        num_samples = 0
+
+        async def score(self, samples: Sequence[RewardSample]) -> list[float | RewardFailure]:
+            self.num_samples += len(samples)
+            reasons = {"row": Reason.BAD_ROW, "refuse": Reason.REFUSED, "slow": Reason.TIMED_OUT}
+            return [RewardFailure(reasons[sample.response]) for sample in samples]
+
+        async def close(self) -> None: ...
+
+    reward, words = Refused(), ("row", "refuse", "slow")
+    config = FunctionRewardConfig(path="a:b", num_retries=2, retry_wait_s=0.0)
+    scored = await score_with_retries(reward, [RewardSample("", word, True, {}) for word in words], config)
+    assert reward.num_samples == 3 + 2 and scored.num_retried == 2
+    assert scored.num_failed_tries == {"bad_row": 1, "refused": 1, "timed_out": 3}
+
+
 async def test_what_is_configured_wrongly_ends_the_run(policy: ModelConfig) -> None:
     with pytest.raises(RewardError, match="nothing does not exist"):
         actor(policy, "nothing")
