@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
-from actors.models import PackedModel, enable_gradient_checkpointing, save_model
+from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
 from actors.moving_average import MovingAverage
+from actors.normalisation import ScoreMap, fold
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
 from actors.weights import WeightPart
@@ -218,13 +219,18 @@ class TrainEngine:
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
 
-    def export(self, folder: Path, tokenizer: Any) -> None:
-        """Write the model and its tokenizer as a Hugging Face folder. Collective; the first rank writes."""
+    def export(self, folder: Path, tokenizer: Any, mapped: ScoreMap | None = None) -> None:
+        """Write the model and its tokenizer as a Hugging Face folder. Collective; the first rank writes.
+
+        With ``mapped`` the folder's model, a ``TokenScorer``, gives mapped scores; this one stays as it is.
+        """
         weights: dict[str, Tensor] = {}
         for bucket in self.weights(256 << 20):
             if self._context.rank == 0:
                 weights |= {name: tensor.to("cpu", copy=True) for name, tensor in bucket}
         if self._context.rank == 0:
+            if mapped is not None and isinstance(self._model, TokenScorer):
+                fold(self._model, weights, mapped)
             save_model(self._model, weights, folder, tokenizer)
         self.barrier()
 

@@ -20,16 +20,20 @@ from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
 from actors.feedback import Feedback
 from actors.models import load_tokenizer
+from actors.normalisation import ScoreMap, score_map
 from actors.objectives import LearningBatch, LossAndMetrics, NextToken, Objective
+from actors.packed import EMPTY_ROW
 from actors.preference import Preference
 from actors.ranking import RewardRanking
 from actors.reports import ColumnInfo, TrainReport
+from actors.scoring import last_scores
 from actors.sequences import DIGEST_BUCKET_BYTES, ReferenceLogprobs, score_sequences, weights_digest
 from actors.updates import scheduled_rate
 from algorithms.config import FeedbackConfig, LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
 from experience.packing import plan_packs
 from experience.schema import REF_FEEDBACK_LOGPROBS
+from experience.tensors import list_column, pack
 
 
 class LearnerActor:
@@ -97,9 +101,31 @@ class LearnerActor:
         """Go on from what ``save`` wrote. Collective."""
         self._engine.load(folder)
 
-    def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, tokenizer included. Collective."""
-        self._engine.export(folder, self._tokenizer)
+    def measure_scores(self, batch: pa.RecordBatch, unit_std: bool) -> ScoreMap:
+        """The map that gives the scores of the rows of ``batch`` mean 0, and with ``unit_std`` deviation 1.
+
+        A row of any schema with ``tokens`` is scored at its last token. Collective; the same on every rank.
+
+        Raises:
+            RoleError: there is no row, or all have the same score.
+            ValueError: a row is longer than ``max_tokens_per_pack``.
+        """
+        tokens = list_column(batch, "tokens")
+        lengths = tokens.lengths.tolist()
+        plan = plan_packs(lengths, self._context.num_ranks, self._config.max_tokens_per_pack)
+        mine = plan.packs[self._context.rank] if lengths else ()
+        packs = [(pack(tokens, units) if units else EMPTY_ROW).to(self._engine.device) for units in mine]
+        scores = self._engine.forward(packs, last_scores)
+        own = [score[: len(units)].cpu().double() for score, units in zip(scores, mine, strict=True)]
+        flat = torch.cat([torch.zeros(0, dtype=torch.float64), *own])
+        sums = self._engine.reduce_sums({"count": float(len(flat)), "total": float(flat.sum())})
+        mean = sums["total"] / max(1.0, sums["count"])
+        squares = self._engine.reduce_sums({"squares": float((flat - mean).square().sum())})
+        return score_map(**sums, **squares, unit_std=unit_std)
+
+    def export(self, folder: Path, mapped: ScoreMap | None = None) -> None:
+        """Write the model as a Hugging Face folder, tokenizer included; a scorer's scores mapped. Collective."""
+        self._engine.export(folder, self._tokenizer, mapped)
 
     def weights_digest(self) -> str:
         """A digest of all weights, adapters merged, the same on every rank. Collective."""

@@ -32,6 +32,8 @@ from actors.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+#: Of a reward model's config.json: what is added to its head's output (see ``actors.normalisation``).
+SCORE_BIAS = "troupe_score_bias"
 #: What a packed model puts before the names of the Hugging Face model's parameters.
 PREFIX = "network."
 
@@ -110,6 +112,8 @@ class TokenScorer(PackedModel):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.head_name = next(name for name in _HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear))
+        self.score_bias = float(getattr(network.config, SCORE_BIAS, 0.0))
+        """Added to every score: of a normalised reward model whose head has no bias."""
 
     def forward(self, tokens_T: Tensor, position_ids_T: Tensor, positions_S: Tensor | None = None) -> Tensor:
         """Scores (T,), or (S,) at ``positions_S`` alone, in float32."""
@@ -117,7 +121,7 @@ class TokenScorer(PackedModel):
         if positions_S is not None:
             states = states[positions_S]
         head = getattr(self.network, self.head_name)
-        return torch.as_tensor(head(states)[:, 0].float())
+        return torch.as_tensor(head(states)[:, 0].float() + self.score_bias)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -167,6 +171,8 @@ def load_scorer(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ModelError(f"{config.path} ({architecture}) has no linear head over its tokens named {_HEAD_NAMES}")
     if fresh:
+        if hasattr(network.config, SCORE_BIAS):
+            delattr(network.config, SCORE_BIAS)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.zero_()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.config import ModelConfig, RewardConfig
 from actors.deepspeed_engine import ForwardEngine
@@ -22,10 +22,10 @@ from actors.errors import ScoreError
 from actors.models import load_scorer, load_tokenizer
 from actors.packed import EMPTY_ROW, in_row_order, scoring_packs
 from actors.reports import ColumnInfo
-from actors.scoring import own_ids
+from actors.scoring import last_scores, own_ids
 from cluster.context import RankContext
 from experience.schema import ROLLOUT, SCORES, TOKENS, check_schema, make_batch
-from experience.tensors import ListColumn, PackedRows, list_column, pack
+from experience.tensors import ListColumn, list_column, pack
 
 
 class RewardActor:
@@ -66,7 +66,7 @@ class RewardActor:
         budget, collective = self._config.max_tokens_per_pack, self._engine.collective
         own, rows = scoring_packs(lengths, self._context.rank, self._context.num_ranks, budget, collective)
         packs = [(pack(tokens, part) if part else EMPTY_ROW).to(self._engine.device) for part in rows]
-        scores = [score.float().cpu() for score in self._engine.forward(packs, _last_scores)]
+        scores = [score.float().cpu() for score in self._engine.forward(packs, last_scores)]
         one_each = [torch.arange(len(part) + 1) for part in rows]
         pieces = in_row_order(rows, [s[: len(part)] for s, part in zip(scores, rows, strict=True)], one_each)
         flat = torch.cat(pieces) if pieces else torch.zeros(0)
@@ -88,7 +88,7 @@ class RewardActor:
         guilty = suspects
         if not self._engine.collective:
             alone = [pack(tokens, [own[at]]).to(self._engine.device) for at in suspects]
-            again = self._engine.forward(alone, _last_scores)
+            again = self._engine.forward(alone, last_scores)
             guilty = [at for at, score in zip(suspects, again, strict=True) if not bool(score.isfinite().all())]
         names = ", ".join(str(sample_ids[at].as_py()) for at in (guilty or suspects)[:5])
         raise ScoreError(
@@ -107,6 +107,3 @@ class RewardActor:
                 encoded.append(self._tokenizer(text)["input_ids"] + [self._tokenizer.eos_token_id] * closed)
         return list_column(pa.record_batch({"tokens": pa.array(encoded, TOKENS)}), "tokens")
 
-
-def _last_scores(model: nn.Module, packed: PackedRows) -> Tensor:
-    return torch.as_tensor(model(packed.tokens, packed.position_ids, packed.offsets[1:] - 1))

@@ -17,7 +17,7 @@ from actors.packed import ResponsePack, Samples, in_row_order, scoring_packs
 from actors.reports import ColumnInfo
 from cluster.context import RankContext
 from experience.schema import ROLLOUT, check_schema, make_batch
-from experience.tensors import list_array
+from experience.tensors import PackedRows, list_array
 
 
 class Forward(Protocol):
@@ -67,6 +67,11 @@ def score_responses(
     )
     num_tokens = sum(samples.lengths[row] for row in own)
     return column, ColumnInfo(len(own), num_tokens, time.perf_counter() - started)
+
+
+def last_scores(model: nn.Module, packed: PackedRows) -> Tensor:
+    """Score (N,) of each row of a pack at its last token, by a ``TokenScorer``."""
+    return torch.as_tensor(model(packed.tokens, packed.position_ids, packed.offsets[1:] - 1))
 
 
 def own_ids(rollouts: Sequence[pa.RecordBatch], own: range) -> pa.Array:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.config import ModelConfig
 from cluster.context import RankContext
@@ -104,8 +105,8 @@ class SourceActor:
         whole_document: bool = False,
     ) -> None:
         started = time.monotonic()
-        tokenizer = load_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
-        self._data = Dataset.from_config(data, kind, tokenizer, seed=seed, whole_document=whole_document)
+        self._tokenizer = load_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
+        self._data = Dataset.from_config(data, kind, self._tokenizer, seed=seed, whole_document=whole_document)
         logger.info(
             "%s rank %d: %d rows of %s an epoch, %d held out, %d tokens, read in %.1f s",
             context.role,
@@ -159,6 +160,21 @@ class SourceActor:
     def in_order(self, start: int = 0, num_rows: int | None = None) -> tuple[pa.RecordBatch, BatchInfo]:
         """Every row once, by place: those to train on, then those held out; all, or ``num_rows`` from ``start``."""
         return _with_info(self._data.in_order(start, num_rows))
+
+    def chosen(self, num_rows: int) -> tuple[pa.RecordBatch, BatchInfo]:
+        """The best responses of the first comparisons to train on, at most ``num_rows`` comparisons."""
+        batch, info = _with_info(self._data.in_order(0, min(num_rows, self._data.train_facts.num_units)))
+        best = pc.equal(batch.column("rank"), 0)
+        return batch.filter(best), info
+
+    def examples_of(self, data: DataConfig, num_rows: int) -> tuple[pa.RecordBatch, BatchInfo]:
+        """The first rows of other data, as examples.
+
+        Raises:
+            DataError: they cannot be used as configured.
+        """
+        other = Dataset.from_config(data, "examples", self._tokenizer, seed=0)
+        return _with_info(other.in_order(0, num_rows))
 
     def keep(self, columns: Sequence[pa.RecordBatch], path: Path) -> None:
         """Write a column of another role, in its parts, into one Arrow file, which is there as a whole or not at all.

@@ -11,7 +11,7 @@ from data.errors import DataError
 from data.formats import Kind, recognise
 from data.readers import BadRow, read_rows
 from data.tokenizer import Tokenizer
-from launch.config import OnlineRunConfig, RunConfig
+from launch.config import OnlineRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_data
 
@@ -34,6 +34,8 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
             builder = Builder(data, kind, tokenizer, whole_document=whole)
         except DataError as error:  # of the tokenizer, so the same for every source
             yield Problem("data", str(error))
+    if isinstance(config, RewardModelRunConfig) and config.normalise is not None and tokenizer is not None:
+        yield from _check_measured(resolve_data(config.normalise.data_config(data)), tokenizer, facts)
     for part, sources in (("train", data.train), ("heldout", data.heldout)):
         for index, source in enumerate(sources):
             first = source.model_copy(update={"limit_rows": min(source.limit_rows or ROWS_READ, ROWS_READ)})
@@ -45,6 +47,16 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
                     facts.append((where, _build(builder, first)))
             except DataError as error:
                 yield Problem(where, str(error))
+
+
+def _check_measured(data: DataConfig, tokenizer: Tokenizer, facts: Facts) -> Iterator[Problem]:
+    """What a reward model is normalised on."""
+    for index, source in enumerate(data.train):
+        first = source.model_copy(update={"limit_rows": min(source.limit_rows or ROWS_READ, ROWS_READ)})
+        try:
+            facts.append((f"normalise.data.{index}", _build(Builder(data, "examples", tokenizer), first)))
+        except DataError as error:
+            yield Problem(f"normalise.data.{index}", str(error))
 
 
 def _kind(config: RunConfig) -> Kind:

@@ -31,7 +31,7 @@ from data.config import DataConfig
 from data.formats import Kind
 from launch.errors import RuleViolations
 from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, reference_is_of_use, violations
-from launch.settings import OnlineSettings, RunSettings
+from launch.settings import NormaliseSettings, OnlineSettings, RunSettings
 
 __all__ = [
     "AnyLearnerRunConfig",
@@ -111,6 +111,10 @@ class RewardModelRunConfig(LearnerRunConfig):
     DATA_KIND = "comparisons"
 
     algorithm: RewardModelConfig = Field(description="What is learnt, and for how long.")
+    normalise: NormaliseSettings | None = Field(
+        None, description="Where the exported model's scores lie; `normalise: demonstrations` is short for a section "
+        "with `by` alone. None: where training leaves them."
+    )
 
 
 class ReferredRunConfig(LearnerRunConfig):

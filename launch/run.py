@@ -17,6 +17,7 @@ from launch.checkpoint import CheckpointStore
 from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RunConfig
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
+from launch.normalisation import draw_measured, export_learner
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.progress import Progress
@@ -76,6 +77,7 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
             reference = await score_by_role(scoring, run_dir.path.parent)
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
+        measured = await draw_measured(config, roles)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         progress = SupervisedProgress(0, description.first_cursor, description.fingerprint)
         if reference is None and config.algorithm.needs_reference:
@@ -90,9 +92,7 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
         with _recording(config, run_dir, num_updates, state.update) as recorder:
             stopped = await SupervisedDriver(config, roles, description, state, recorder, stop, run_dir.path).run()
         if not stopped:
-            await roles.learner.call(LearnerActor.export, run_dir.model)
-            if config.learner.tuning.has_adapter:
-                await roles.learner.call(LearnerActor.export_adapter, run_dir.adapter)
+            await export_learner(config, roles, measured, run_dir)
     return RunResult(run_dir.path, state.update, stopped)
 
 

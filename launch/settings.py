@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from cluster.config import FrozenConfig, PositiveInt
+from data.config import DataConfig, SourceConfig
 
 
 class RunSettings(FrozenConfig):
@@ -26,6 +29,41 @@ class RunSettings(FrozenConfig):
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
     keep_experience: bool = Field(False, description="Keep each iteration's experience as an Arrow file.")
     log_every: PositiveInt = Field(1, description="Iterations (or updates) between lines of progress.")
+
+
+class NormaliseSettings(FrozenConfig):
+    """Normalising a reward model after training."""
+
+    by: Literal["demonstrations", "policy_samples"] = Field(
+        description="`demonstrations`: mean 0 on good responses (InstructGPT). `policy_samples`: mean 0 and standard "
+        "deviation 1 on responses that the policy drew (Ziegler 2019)."
+    )
+    data: tuple[SourceConfig, ...] = Field(
+        (), description="Those responses, in a format of demonstrations. None: the chosen responses of `data.train`; "
+        "`policy_samples` needs some."
+    )
+    max_rows: PositiveInt = Field(10_000, description="Of them, the first so many are measured.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, values: object) -> object:
+        """`normalise: demonstrations`, and paths that stand for sources."""
+        if isinstance(values, str):
+            return {"by": values}
+        if isinstance(values, dict) and isinstance(data := values.get("data", ()), str | dict | list):
+            items = data if isinstance(data, list) else [data]
+            return {**values, "data": [{"path": item} if isinstance(item, str) else item for item in items]}
+        return values
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> NormaliseSettings:
+        if self.by == "policy_samples" and not self.data:
+            raise ValueError("policy_samples needs data: responses that the policy drew, with their prompts")
+        return self
+
+    def data_config(self, run: DataConfig) -> DataConfig:
+        """What to read, as the run's data are read."""
+        return run.model_copy(update={"train": self.data, "heldout": (), "heldout_fraction": 0.0})
 
 
 class OnlineSettings(FrozenConfig):

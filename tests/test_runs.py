@@ -187,7 +187,7 @@ def test_a_run_that_is_ahead_resumes_with_what_was_ready(troupe: Troupe, home: P
             ["data.documents=packed", "data.heldout_fraction=0.1", "learner.zero.stage=3"],
             "heldout/perplexity",
         ),
-        ("reward", [], "heldout/accuracy"),
+        ("reward", ["normalise=demonstrations"], "heldout/accuracy"),
     ],
 )
 def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[str], metric: str) -> None:
@@ -196,6 +196,7 @@ def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[
     run = home / "runs" / stage
     assert metric in rows(run)[-1]
     assert (run / "model" / "model.safetensors").exists()
+    assert (run / "normalisation.json").exists() == (stage == "reward")
     assert (run / "logs" / "learner-1.log").exists()
 
 
