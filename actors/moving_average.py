@@ -47,7 +47,9 @@ class MovingAverage:
             RoleError: the checkpoint in ``folder`` holds none.
         """
         if state is None:
-            raise RoleError(f"{self._context.role}: the checkpoint in {folder} has no moving average: no ema_decay then")
+            raise RoleError(
+                f"{self._context.role}: the checkpoint in {folder} has no moving average: no ema_decay then"
+            )
         for average, stored in zip(self._averages, state, strict=True):
             average.copy_(stored)
 

@@ -78,6 +78,6 @@ def test_every_update_has_text() -> None:
         mix.packs(0)  # five rows for six updates
     batches: list[pa.RecordBatch] = [batch.slice(0, 3) for batch in TEXT]
     cuts = [PretrainingMix(batches, 3, 1.0, context(), torch.device("cpu"), 48).packs(update) for update in range(3)]
-    assert [sum(int(len(pack.tokens.targets_S)) for pack in packs) for packs in cuts] == [
+    assert [sum(len(pack.tokens.targets_S) for pack in packs) for packs in cuts] == [
         packs[0].denominator for packs in cuts
     ]
