@@ -35,6 +35,10 @@ from launch.publish import adapter_rank, weight_transfer
 from launch.rules import runs_on_gpu
 from launch.tasks import task_group
 
+#: Added to the run's seed. With the policy's own, a baseline would be drawn with the very randomness of the sample that
+#: it is compared with: while the weights are the same, so would the responses be, and every advantage 0.
+BASELINE_SEED = 1_000_003
+
 T = TypeVar("T")
 RoleT = TypeVar("RoleT", TrainedRoleConfig, PolicyConfig, CriticConfig, ReferenceConfig, RewardConfig)
 
@@ -130,7 +134,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             if (baseline := config.baseline) is not None:
                 way = weight_transfer(policy, baseline, config.cluster)
                 engines = baseline.model_copy(update={"weight_transfer": way})
-                compared = starting.create_task(start(RolloutActor, "baseline", (engines, policy.model, seed)))
+                compared = starting.create_task(start(RolloutActor, "baseline", (engines, policy.model, seed + BASELINE_SEED)))
             if config.pretraining_data is not None:
                 text = (resolve_data(config.pretraining_data), "examples", policy.model, seed, True)
                 mixed_in = starting.create_task(start(SourceActor, "pretraining_source", text))
