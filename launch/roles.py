@@ -134,7 +134,8 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             if (baseline := config.baseline) is not None:
                 way = weight_transfer(policy, baseline, config.cluster)
                 engines = baseline.model_copy(update={"weight_transfer": way})
-                compared = starting.create_task(start(RolloutActor, "baseline", (engines, policy.model, seed + BASELINE_SEED)))
+                answering = (engines, policy.model, seed + BASELINE_SEED)
+                compared = starting.create_task(start(RolloutActor, "baseline", answering))
             if config.pretraining_data is not None:
                 text = (resolve_data(config.pretraining_data), "examples", policy.model, seed, True)
                 mixed_in = starting.create_task(start(SourceActor, "pretraining_source", text))
