@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TypeAlias, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from algorithms.config import PreferenceLoss
@@ -27,7 +27,7 @@ from launch.config import (
     SupervisedRunConfig,
 )
 from launch.errors import ConfigError, Problem, RuleViolations
-from launch.fields import Path, dotted, info_at, leaves, model_at, model_of, required
+from launch.fields import Path, Place, dotted, leaves, model_of, models_of, required, tag_of, walk
 from launch.rules import violations
 from launch.yamltree import YamlTree, to_yaml
 
@@ -92,29 +92,28 @@ def _problems(
     tree: YamlTree, kind: type[BaseRunConfig], error: ValidationError, skip_algorithm: bool
 ) -> Iterator[Problem]:
     details = error.errors(include_url=False)
-    paths = [tuple(detail["loc"]) for detail in details]
-    for detail, path in zip(details, paths, strict=True):
+    places = [walk(kind, detail["loc"]) for detail in details]
+    paths = [place.path for place in places]
+    for detail, place, path in zip(details, places, paths, strict=True):
         if skip_algorithm and path[:1] == ("algorithm",):
             continue
         # A list whose items are wrong is also called too short: the items' own errors say it better.
         if detail["type"] == "too_short" and any(other[: len(path)] == path != other for other in paths):
             continue
-        yield from _problem(tree, kind, detail, path)
+        yield from _problem(tree, kind, detail, place)
     if any(path for path in paths):  # else the rules have run: only whole configurations get that far
         yield from _located(tree, violations(kind.RULES, _valid_sections(tree.values, kind)))
 
 
-def _valid_sections(values: Mapping[str, object], kind: type[BaseRunConfig]) -> dict[str, BaseModel | None]:
-    sections: dict[str, BaseModel | None] = {}
+def _valid_sections(values: Mapping[str, object], kind: type[BaseRunConfig]) -> dict[str, object]:
+    sections: dict[str, object] = {}
     for name, info in kind.model_fields.items():
-        model = model_of(info.annotation)
-        if name not in values and not info.is_required() and info.default is None:
-            sections[name] = None
-            continue
-        if model is None or (name not in values and info.is_required()):
+        if name not in values:
+            if not info.is_required():
+                sections[name] = info.get_default(call_default_factory=True)
             continue
         try:
-            sections[name] = model.model_validate(values.get(name, {}))
+            sections[name] = TypeAdapter(info.rebuild_annotation()).validate_python(values[name])
         except ValidationError:
             continue  # its problems are already in the list that is being made
     return sections
@@ -125,21 +124,23 @@ def _located(tree: YamlTree, problems: Sequence[Problem]) -> Iterator[Problem]:
         yield Problem(tree.where(problem.where.split(".")), problem.what, problem.right)
 
 
-def _problem(tree: YamlTree, kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) -> Iterator[Problem]:
-    cause = detail.get("ctx", {}).get("error")
+def _problem(tree: YamlTree, kind: type[BaseRunConfig], detail: ErrorDetails, place: Place) -> Iterator[Problem]:
+    cause, path = detail.get("ctx", {}).get("error"), place.path
     if isinstance(cause, RuleViolations):
         yield from _located(tree, cause.problems)
     elif detail["type"] == "extra_forbidden":
-        yield _unknown_key(tree, kind, path)
+        yield _unknown_key(tree, kind, path, walk(kind, detail["loc"][:-1]).model)
     elif detail["type"] == "missing":
-        yield _missing(tree, kind, path)
+        yield _missing(tree, place)
+    elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        yield _no_such_kind(tree, detail, place)
     elif cause is not None:
         yield Problem(tree.where(path), str(cause))
     else:
-        yield Problem(tree.where(path), *_wrong_value(kind, detail, path))
+        yield Problem(tree.where(path), *_wrong_value(detail, place))
 
 
-def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
+def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path, owner: type[BaseModel] | None) -> Problem:
     key, where = str(path[-1]), tree.where(path)
     if len(path) == 1 and issubclass(kind, LearnerRunConfig) and key in OnlineRunConfig.model_fields:
         name = _algorithm(tree)
@@ -148,7 +149,6 @@ def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Probl
     if len(path) == 1 and kind is OnlineRunConfig and key in LearnerRunConfig.model_fields:
         right = "call it `policy`, or set algorithm.name to pretrain, sft, reward_model, dpo ..."
         return Problem(where, f"{_algorithm(tree)} trains {_trained(tree)} and has no {key}", right)
-    owner = model_at(kind, path[:-1])
     known = list(owner.model_fields) if owner else []
     elsewhere = [leaf.path for leaf in leaves(kind) if leaf.path[-1] == key]
     close = difflib.get_close_matches(key, known, n=1)
@@ -162,15 +162,27 @@ def _unknown_key(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Probl
     return Problem(where, "unknown key", right)
 
 
-def _missing(tree: YamlTree, kind: type[BaseRunConfig], path: Path) -> Problem:
-    info = info_at(kind, path)
-    purpose = (info.description or "").rstrip(".") if info else ""
-    model = model_of(info.annotation) if info else None
+def _missing(tree: YamlTree, place: Place) -> Problem:
+    path = place.path
+    purpose = (place.info.description or "").rstrip(".") if place.info else ""
+    model = model_of(place.annotation)
     least = ", ".join(dotted((*path, *key)) for key in required(model)) if model else ""
     if len(path) > 1:
         return Problem(tree.where(path), "is missing", f"{purpose}: at least {least}" if least else purpose)
     what = f"the section is missing, and {_algorithm(tree)} needs it ({purpose[:1].lower()}{purpose[1:]})"
     return Problem(tree.where(path), what, f"add it with at least {least}" if least else "add it")
+
+
+def _no_such_kind(tree: YamlTree, detail: ErrorDetails, place: Place) -> Problem:
+    """The key that says which of several sections it is has no value, or none that is known."""
+    tags = [tag for model in models_of(place.annotation) if (tag := tag_of(model)) is not None]
+    names = [name for _, name in tags]
+    where = tree.where((*place.path, tags[0][0]))
+    if detail["type"] == "union_tag_not_found":
+        return Problem(where, "is missing", f"one of {', '.join(names)}")
+    given = str(detail["ctx"]["tag"])
+    close = difflib.get_close_matches(given, names, n=1)
+    return Problem(where, f"{given!r} is none of {', '.join(names)}", f"did you mean {close[0]!r}?" if close else "")
 
 
 def _trained(tree: YamlTree) -> str:
@@ -183,7 +195,7 @@ def _algorithm(tree: YamlTree) -> object:
     return section.get("name", "a run") if isinstance(section, dict) else "a run"
 
 
-def _wrong_value(kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) -> tuple[str, str]:
+def _wrong_value(detail: ErrorDetails, place: Place) -> tuple[str, str]:
     value, message = detail["input"], detail["msg"]
     if detail["type"] == "literal_error" and isinstance(value, str):
         options = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
@@ -198,7 +210,7 @@ def _wrong_value(kind: type[BaseRunConfig], detail: ErrorDetails, path: Path) ->
     if detail["type"] == "tuple_type":
         return f"{value!r} is not a list", "e.g. [a, b]"
     if detail["type"] == "model_type":
-        owner = model_at(kind, path)
+        owner = place.model
         keys = f"keys below it: {', '.join(owner.model_fields)}" if owner else "keys below it"
         return f"{value!r} is not a section", keys
     right = message.removeprefix("Input ").removeprefix("String ").partition(", unable to")[0]
