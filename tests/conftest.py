@@ -16,7 +16,16 @@ ROOT = Path(__file__).parent.parent
 SIZES = Sizes(pretrain=400, sft=240, preferences=160, prompts=200, heldout=20)
 
 #: Files of tests that take long: first, so that no worker is left with one of them at the end.
-LONG = ("test_runs.py", "test_tuning.py", "test_job_submit.py", "test_methods.py", "test_group.py", "test_placement.py")
+LONG = (
+    "test_runs.py",
+    "test_learner_runs.py",
+    "test_tuned_runs.py",
+    "test_job_submit.py",
+    "test_tuning.py",
+    "test_tuned_policy.py",
+    "test_group.py",
+    "test_placement.py",
+)
 
 Troupe = Callable[..., subprocess.CompletedProcess[str]]
 
