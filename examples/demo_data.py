@@ -38,6 +38,8 @@ Files written
 ``preferences_heldout.jsonl`` the same, held out
 ``rankings.jsonl``            {"prompt", "responses", "scores"}, four answers to each list
 ``rankings_heldout.jsonl``    the same, of the lists of ``preferences_heldout.jsonl``
+``judgements.jsonl``          {"prompt", "responses", "scores", "preference", "rating"}, two answers to each list
+``judgements_heldout.jsonl``  the same, of the lists of ``preferences_heldout.jsonl``
 ``prompts.jsonl``             {"prompt"}, the prompts that PPO samples from
 ``heldout.jsonl``             {"prompt", "answer"}, for measuring the truth
 ``base/``                     configuration and tokenizer of the untrained model
@@ -55,10 +57,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 LARGEST_NUMBER = 50
 SHORTEST_LIST = 4
@@ -279,6 +283,30 @@ def ranking(numbers: Sequence[int], rng: random.Random) -> dict[str, object]:
     }
 
 
+#: What a labeller says of two answers whose scores differ by so much (the words of Llama 2's comparisons).
+RATINGS = {3: "significantly_better", 2: "better", 1: "slightly_better"}
+
+
+def judgement(numbers: Sequence[int], rng: random.Random) -> dict[str, object]:
+    """Two answers of a `ranking`, how much better the better one is, and how sure one may be of it.
+
+    `preference` is the probability that the first answer is the better one; either may come first.
+    """
+    ranked = ranking(numbers, rng)
+    answers = list(zip(cast(list[str], ranked["responses"]), cast(list[int], ranked["scores"]), strict=True))
+    while True:
+        (first, high), (second, low) = rng.sample(answers, 2)
+        if high != low:
+            break
+    return {
+        "prompt": ranked["prompt"],
+        "responses": [first, second],
+        "scores": [high, low],
+        "preference": round(1 / (1 + math.exp(low - high)), 3),
+        "rating": RATINGS[abs(high - low)],
+    }
+
+
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -337,6 +365,16 @@ def write_data(
     write_json_lines(
         directory / "rankings.jsonl",
         (ranking(ranking_source.draw(), ranking_rng) for _ in range(sizes.rankings)),
+    )
+    judgement_rng = random.Random(f"judgements {seed}")
+    judgement_source = source.beside(judgement_rng)
+    write_json_lines(
+        directory / "judgements_heldout.jsonl",
+        (judgement(row, judgement_rng) for row in preferences_heldout),
+    )
+    write_json_lines(
+        directory / "judgements.jsonl",
+        (judgement(judgement_source.draw(), judgement_rng) for _ in range(sizes.rankings)),
     )
 
 
