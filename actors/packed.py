@@ -3,7 +3,7 @@
 Invariant: a rank that has no rows left for a micro-batch runs ``EMPTY_ROW`` with nothing selected, because with
 sharded weights every forward and backward is a collective step of all ranks.
 
-Legend: T tokens of a pack, S response tokens of a pack.
+Legend: T tokens of a pack, S response tokens of a pack: those that the policy drew, in all its turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from algorithms.logprobs import token_logprobs
 from experience.packing import PackPlan, contiguous_split, plan_packs
-from experience.tensors import Batches, ListColumn, PackedRows, list_column, pack, prediction_positions, scalar_column
+from experience.tensors import Batches, ListColumn, PackedRows, columns_of, list_column, pack, scalar_column
+from experience.turns import Turns
 
 EMPTY_ROW = PackedRows(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
 
@@ -36,17 +37,21 @@ class ResponsePack:
 
 
 class Samples:
-    """Tokens and prompt lengths of a batch, as views.
+    """Tokens of a batch and the turns within them, as views.
 
     Args:
-        column: of the tokens; one whose rows begin with ``num_prompt_tokens`` tokens of a prompt.
+        column: of the tokens. Rows of rollouts say where their turns are; others begin with ``num_prompt_tokens``
+            tokens of a prompt, and what follows is one turn.
     """
 
     def __init__(self, rows: Batches, column: str = "tokens") -> None:
         self.tokens: ListColumn = list_column(rows, column)
-        self.num_prompt_tokens = scalar_column(rows, "num_prompt_tokens").long()
         self.lengths: list[int] = self.tokens.lengths.tolist()
-        self.response_lengths: list[int] = (self.tokens.lengths - self.num_prompt_tokens).tolist()
+        if "turn_starts" in columns_of(rows):
+            self._turns = Turns.of_rollouts(rows)
+        else:
+            self._turns = Turns.single(scalar_column(rows, "num_prompt_tokens"), self.tokens.lengths)
+        self.response_lengths: list[int] = self._turns.lengths_N.tolist()
 
     @property
     def num_rows(self) -> int:
@@ -59,10 +64,8 @@ class Samples:
             none = torch.zeros(0, dtype=torch.int64, device=device)
             return ResponsePack(EMPTY_ROW.to(device), none, none, torch.zeros(1, dtype=torch.int64))
         packed = pack(self.tokens, rows)
-        prompts = self.num_prompt_tokens[torch.tensor(rows)]
-        positions = prediction_positions(packed.offsets, prompts)
+        positions, offsets = self._turns.positions(rows, packed.offsets)
         targets = packed.tokens[positions + 1]
-        offsets = torch.cat([prompts.new_zeros(1), (packed.offsets.diff() - prompts).cumsum(0)])
         return ResponsePack(packed.to(device), positions.to(device), targets.to(device), offsets)
 
 

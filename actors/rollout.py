@@ -27,6 +27,7 @@ from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, We
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightPart, WeightsRefused
 from cluster.context import RankContext
 from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
+from experience.turns import one_turn_each
 
 if TYPE_CHECKING:
     from actors.vllm_engine.engine import Completion
@@ -297,3 +298,4 @@ def _rollout(
 def _lists(values: np.ndarray[tuple[int], np.dtype[np.generic]], lengths: Sequence[int]) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+            **one_turn_each(prompt_lengths, totals),

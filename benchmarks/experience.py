@@ -25,6 +25,7 @@ from cluster.config import ClusterConfig
 from cluster.session import connect
 from experience.schema import ROLLOUT, make_batch
 from experience.tensors import ListColumn, list_column
+from experience.turns import one_turn_each
 
 PROMPT, SHORTEST, LONGEST = 64, 64, 960
 COLUMNS = ("tokens", "rollout_logprobs", "policy_versions")
@@ -42,6 +43,7 @@ def rollout(num_rows: int) -> pa.RecordBatch:
             "prompt_id": np.arange(num_rows).tolist(),
             "tokens": lists(source.integers(0, 50_000, int(totals.sum())).astype(np.int32), totals),
             "num_prompt_tokens": [PROMPT] * num_rows,
+            **one_turn_each([PROMPT] * num_rows, totals.tolist()),
             "rollout_logprobs": lists(source.standard_normal(responses).astype(np.float32), lengths),
             "policy_versions": lists(np.zeros(responses, np.int32), lengths),
             "finish_reason": ["stop"] * num_rows,

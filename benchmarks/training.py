@@ -33,6 +33,7 @@ from benchmarks.tiny import sequences, write_model
 from cluster.context import RankContext
 from experience.packing import minibatches, plan_packs
 from experience.schema import CREDIT, EXAMPLES, ROLLOUT, make_batch
+from experience.turns import one_turn_each
 
 ROWS, SHORTEST, LONGEST, PROMPT = 32, 32, 224, 16
 PACK = 512
@@ -154,6 +155,7 @@ def experience(rows: list[list[int]], lengths: list[int]) -> tuple[pa.RecordBatc
         "prompt_id": ids,
         "tokens": rows,
         "num_prompt_tokens": [PROMPT] * len(rows),
+        **one_turn_each([PROMPT] * len(rows), [PROMPT + length for length in lengths]),
         "rollout_logprobs": lists(behaviour),
         "policy_versions": [[0] * length for length in lengths],
         "finish_reason": ["length"] * len(rows),

@@ -6,8 +6,9 @@ Invariants:
   are equal, position by position (``require_same_rows``).
 - A column is there exactly when its role is. No column is nullable.
 - Per-token columns are ``list<T>``: a flat value buffer and an offsets buffer, which is what packed,
-  variable-length attention takes. ``tokens`` covers prompt and response; every other per-token column of
-  experience covers the response alone, so its list is ``len(tokens) - num_prompt_tokens`` long.
+  variable-length attention takes. ``tokens`` covers the whole sample; every other per-token column of experience
+  covers what the policy drew of it, its turns: without an environment the response, ``len(tokens) -
+  num_prompt_tokens`` tokens.
 - Every schema carries its version and its name in the Arrow metadata.
 """
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 VERSION_KEY = b"troupe.schema_version"
 NAME_KEY = b"troupe.schema"
 
@@ -101,13 +102,18 @@ REF_FEEDBACK_LOGPROBS = _schema(
 #: The first columns of experience, by the rollout engines: one row a sample.
 #: ``sample_id = prompt_id * samples_per_prompt + k``. ``rollout_logprobs`` are of the tokens as they were
 #: sampled. ``policy_versions`` holds, for each response token, the version of the weights that drew it.
-#: ``finish_reason`` is "stop" (EOS or a stop string) or "length".
+#: ``turn_starts`` and ``turn_ends`` hold, for each turn of the policy, where in ``tokens`` it begins and ends
+#: (``experience.turns``); what lies between turns is the environment's. ``turn_rewards`` are what the environment gave
+#: for each turn, and empty in a run without one.
 ROLLOUT = _schema(
     "rollout",
     ("sample_id", pa.int64()),
     ("prompt_id", pa.int64()),
     ("tokens", TOKENS),
     ("num_prompt_tokens", pa.int32()),
+    ("turn_starts", _list(pa.int32())),
+    ("turn_ends", _list(pa.int32())),
+    ("turn_rewards", _list(pa.float32())),
     ("rollout_logprobs", PER_TOKEN_FLOAT),
     ("policy_versions", _list(pa.int32())),
     ("finish_reason", pa.string()),

@@ -38,6 +38,8 @@ from experience.schema import (
 Cell: TypeAlias = int | float | str | npt.NDArray[np.generic]
 
 NAME = b"experience"
+#: Lists of another length than the policy's tokens.
+NOT_PER_TOKEN = frozenset({"tokens", "turn_starts", "turn_ends", "turn_rewards"})
 RESERVED_KEYS = frozenset({VERSION_KEY.decode(), NAME_KEY.decode()})
 
 
@@ -113,7 +115,8 @@ def join(rollouts: Sequence[pa.RecordBatch], *columns: Sequence[pa.RecordBatch])
 
     Raises:
         SchemaError: a batch of another schema or version, rows that do not match (naming the first), a column
-            given twice, a sample twice, or a per-token column that is not as long as its response.
+            given twice, a sample twice, turns that do not follow each other, or a per-token column that is not as long
+            as the policy's turns.
     """
     base = _concatenate(rollouts)
     if schema_name(base.schema) != schema_name(ROLLOUT):
@@ -191,15 +194,44 @@ def _check_rows(table: pa.Table) -> None:
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise SchemaError(f"experience: sample {unique[counts > 1][0]} is there {counts.max()} times")
-    responses = _lengths(table.column("tokens")) - np.asarray(table.column("num_prompt_tokens"), dtype=np.int64)
+    responses = _checked_turns(table, ids)
     for field in table.schema:
-        if field.name == "tokens" or not pa.types.is_list(field.type):
+        if field.name in NOT_PER_TOKEN or not pa.types.is_list(field.type):
             continue
         lengths = _lengths(table.column(field.name))
         if not np.array_equal(lengths, responses):
             at = int(np.flatnonzero(lengths != responses)[0])
             where = f"{field.name} of sample {ids[at]}"
             raise SchemaError(f"experience: {where} has {lengths[at]} values for a response of {responses[at]} tokens")
+
+
+def _checked_turns(table: pa.Table, ids: Int64Array) -> Int64Array:
+    """Tokens that the policy drew in each sample; its turns are as ``experience.turns`` says."""
+    totals, num_turns = _lengths(table.column("tokens")), _lengths(table.column("turn_starts"))
+    prompts = np.asarray(table.column("num_prompt_tokens"), dtype=np.int64)
+    starts, ends = (np.asarray(table.column(name).combine_chunks().flatten()) for name in ("turn_starts", "turn_ends"))
+    if not np.array_equal(num_turns, _lengths(table.column("turn_ends"))) or not (num_turns > 0).all():
+        raise SchemaError("experience: turn_starts and turn_ends differ in number, or a sample has no turn")
+    given = _lengths(table.column("turn_rewards"))
+    if (astray := np.flatnonzero((given != 0) & (given != num_turns))).size:
+        at = int(astray[0])
+        raise SchemaError(f"experience: sample {ids[at]} has {given[at]} turn_rewards for {num_turns[at]} turns")
+    rows, last = np.repeat(np.arange(len(ids)), num_turns), np.cumsum(num_turns) - 1
+    # Each turn begins behind the one before and a word of the environment; the first one where the prompt ends.
+    least = np.concatenate([np.zeros(1, np.int64), ends + 1])[:-1]
+    least[last - num_turns + 1] = prompts
+    wrong = (starts < least) | (ends < starts)
+    wrong[last - num_turns + 1] |= starts[last - num_turns + 1] != prompts
+    wrong[last] |= ends[last] != totals
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise SchemaError(
+            f"experience: sample {ids[rows[at]]} has {totals[rows[at]]} tokens, {prompts[rows[at]]} of them prompt, and "
+            f"a turn from {starts[at]} to {ends[at]}; turns go from the prompt's end to the sample's"
+        )
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])[np.concatenate([[0], last + 1])]
+    lengths: Int64Array = np.diff(sums).astype(np.int64)
+    return lengths
 
 
 def _lengths(column: pa.ChunkedArray) -> Int64Array:

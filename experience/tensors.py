@@ -103,6 +103,12 @@ class PackedRows:
         return PackedRows(*moved)
 
 
+def columns_of(batches: Batches) -> list[str]:
+    """The names of the columns of one or several batches."""
+    given = _listed(batches)
+    return list(given[0].schema.names) if given else []
+
+
 def list_column(batches: Batches, name: str) -> ListColumn:
     """View the list column ``name`` of one or several batches as tensors, without copying its values.
 

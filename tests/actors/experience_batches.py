@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 
 from experience.schema import COMPARISONS, CREDIT_WITH_RETURNS, EXAMPLES, ROLLOUT, VALUES, make_batch
+from experience.turns import one_turn_each
 
 
 def rollout(num_rows: int, seed: int = 0, first_id: int = 0, longest: int = 20) -> pa.RecordBatch:
@@ -24,6 +25,7 @@ def rollout(num_rows: int, seed: int = 0, first_id: int = 0, longest: int = 20) 
             "prompt_id": list(range(first_id, first_id + num_rows)),
             "tokens": tokens,
             "num_prompt_tokens": prompts,
+            **one_turn_each(prompts, lengths),
             "rollout_logprobs": [[-1.0] * r for r in responses],
             "policy_versions": [[0] * r for r in responses],
             "finish_reason": ["stop"] * num_rows,

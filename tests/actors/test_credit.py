@@ -30,6 +30,7 @@ from experience.schema import (
 )
 from experience.table import Experience
 from tests.algorithms import slow
+from experience.turns import one_turn_each
 
 MAX_RESPONSE_TOKENS = 64
 PLAIN: dict[str, Any] = {"whiten_advantages": False, "gamma": 0.9, "gae_lambda": 0.8}
@@ -76,7 +77,7 @@ def random_samples(lengths: list[int], seed: int = 0) -> list[Sample]:
 def columns(samples: list[Sample], cut: int | None = None) -> dict[str, list[pa.RecordBatch]]:
     """The samples as the roles' batches; with ``cut`` each column in two, the rollouts cut one row later."""
 
-    def batches(schema: pa.Schema, later: int = 0, **given: list[Any]) -> list[pa.RecordBatch]:
+    def batches(schema: pa.Schema, later: int = 0, **given: Any) -> list[pa.RecordBatch]:
         whole = make_batch(schema, {"sample_id": [s.sample_id for s in samples], **given})
         return [whole] if cut is None else [whole.slice(0, cut + later), whole.slice(cut + later)]
 
@@ -88,6 +89,10 @@ def columns(samples: list[Sample], cut: int | None = None) -> dict[str, list[pa.
             tokens=[[5] * (s.num_prompt_tokens + len(s.rollout_logprobs)) for s in samples],
             num_prompt_tokens=[s.num_prompt_tokens for s in samples],
             rollout_logprobs=[s.rollout_logprobs for s in samples],
+            **one_turn_each(
+                [s.num_prompt_tokens for s in samples],
+                [s.num_prompt_tokens + len(s.rollout_logprobs) for s in samples],
+            ),
             policy_versions=[s.versions for s in samples],
             finish_reason=[s.finish_reason for s in samples],
         ),

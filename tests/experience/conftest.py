@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from experience.schema import REF_LOGPROBS, ROLLOUT, SCORES, make_batch
+from experience.turns import one_turn_each
 
 MakeBatch = Callable[[range], pa.RecordBatch]
 
@@ -28,6 +29,7 @@ def rollout_of() -> MakeBatch:
                 "prompt_id": [sample // 2 for sample in samples],
                 "tokens": [[sample] * (3 + response_length(sample)) for sample in samples],
                 "num_prompt_tokens": [3] * len(samples),
+                **one_turn_each([3] * len(samples), [3 + response_length(sample) for sample in samples]),
                 "rollout_logprobs": [[-0.5] * response_length(sample) for sample in samples],
                 "policy_versions": [[1] * response_length(sample) for sample in samples],
                 "finish_reason": ["stop" if response_length(sample) < 3 else "length" for sample in samples],

@@ -76,7 +76,7 @@ def test_check_schema_says_what_differs() -> None:
     check_schema(pa.Table.from_batches([batch]), SCORES)
     with pytest.raises(SchemaError, match="expected a batch of schema values, got one of scores"):
         check_schema(batch, VALUES)
-    with pytest.raises(SchemaError, match="scores: schema version none, this code reads version 3"):
+    with pytest.raises(SchemaError, match=f"scores: schema version none, this code reads version {SCHEMA_VERSION}"):
         check_schema(batch.replace_schema_metadata(None), SCORES)
     renamed = batch.rename_columns(["sample_id", "reward"]).replace_schema_metadata(SCORES.metadata)
     with pytest.raises(SchemaError, match=r"(?s)scores: expected .*score: float not null, got .*reward"):

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from experience.schema import ROLLOUT, SCORES, SchemaError, make_batch
+from experience.schema import ROLLOUT, SCHEMA_VERSION, SCORES, SchemaError, make_batch
 from experience.table import Experience, join
 from experience.tensors import list_column, scalar_column
 
@@ -128,7 +128,8 @@ def test_files_that_are_not_experience(joined: Experience, tmp_path: Path, score
         Experience.open(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCORES) as writer:
         writer.write_batch(scores_of(range(2)))
-    with pytest.raises(SchemaError, match="holds scores of version 3, expected experience of 3"):
+    now = SCHEMA_VERSION
+    with pytest.raises(SchemaError, match=f"holds scores of version {now}, expected experience of {now}"):
         Experience.open(path)
     metadata = {**joined.table.schema.metadata, b"troupe.schema_version": b"9"}
     Experience(joined.table.replace_schema_metadata(metadata)).write(path)

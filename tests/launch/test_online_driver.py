@@ -21,6 +21,7 @@ from algorithms.kl import KLController
 from cluster.context import RankContext
 from experience.ledger import Ledger, PromptState
 from experience.schema import PROMPTS, ROLLOUT, SCORES, make_batch
+from experience.turns import one_turn_each
 from launch import online
 from launch.checkpoint import CheckpointStore
 from launch.config import OnlineRunConfig
@@ -85,6 +86,7 @@ class Engine:
             "prompt_id": [prompt for _, prompt in samples],
             "tokens": [[1, 2, 3 + sample % 2, 9 if greedy else 4] for sample, _ in samples],
             "num_prompt_tokens": [2] * len(samples),
+            **one_turn_each([2] * len(samples), [4] * len(samples)),
             "rollout_logprobs": [[-1.0, -1.0]] * len(samples),
             "policy_versions": [[self.version] * 2] * len(samples),
             "finish_reason": ["stop"] * len(samples),

@@ -18,6 +18,7 @@ from actors.rewards.face import Reason, RewardFailure, RewardSample
 from actors.rewards.retries import score_with_retries
 from actors.rewards.rows import kept_columns, sample_texts, tagged
 from experience.schema import PROMPTS, ROLLOUT, SCORES, SchemaError, check_schema, make_batch
+from experience.turns import one_turn_each
 from tests.actors import tiny_models
 from tests.actors.ranks import context
 
@@ -32,13 +33,17 @@ def rollout(rows: Sequence[tuple[int, str, str]], first_id: int = 0) -> pa.Recor
     """Samples ``(prompt_id, prompt, response)``; a response that ends in ``.`` is closed by EOS."""
     eos = tiny_models.tokenizer().eos_token_id
     responses = [encoded(response) + [eos] * response.endswith(".") for _, _, response in rows]
+    prompt_lengths = [len(encoded(prompt)) for _, prompt, _ in rows]
     return make_batch(
         ROLLOUT,
         {
             "sample_id": [first_id + at for at in range(len(rows))],
             "prompt_id": [prompt_id for prompt_id, _, _ in rows],
             "tokens": [encoded(row[1]) + response for row, response in zip(rows, responses, strict=True)],
-            "num_prompt_tokens": [len(encoded(prompt)) for _, prompt, _ in rows],
+            "num_prompt_tokens": prompt_lengths,
+            **one_turn_each(
+                prompt_lengths, [a + len(b) for a, b in zip(prompt_lengths, responses, strict=True)]
+            ),
             "rollout_logprobs": [[-1.0] * len(response) for response in responses],
             "policy_versions": [[0] * len(response) for response in responses],
             "finish_reason": ["stop" if row[2].endswith(".") else "length" for row in rows],
