@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from actors.vllm_engine.engine import Completion
 
 _MASK = (1 << 64) - 1
+#: Added to the engine's seed where held-out prompts are answered: their samples have the numbers of others.
+EVALUATION_SEED = 2_000_003
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,29 @@ class RolloutActor:
                 a token that the model does not know. Nothing of the slice goes on generating then.
             EngineDead: the engine died.
         """
+        sampling = _greedy(self._config.sampling) if greedy else self._config.sampling
+        return await self._answers(prompts, rows, sampling, self._seed)
+
+    async def evaluate(
+        self, prompts: pa.RecordBatch, rows: list[int], samples_per_prompt: int, temperature: float
+    ) -> tuple[pa.RecordBatch, RolloutInfo]:
+        """Answer held-out prompts: ROLLOUT of ``samples_per_prompt`` rows each, in their order.
+
+        Their numbers, like their prompts', are apart from those of experience, and so are their seeds, which are the
+        same each time. Temperature 0 gives the most probable response.
+
+        Raises:
+            RolloutError, EngineDead: as ``generate``.
+        """
+        ours = self._config.sampling
+        sampling = (ours if temperature else _greedy(ours)).model_copy(
+            update={"temperature": temperature, "samples_per_prompt": samples_per_prompt}
+        )
+        return await self._answers(prompts, rows, sampling, self._seed + EVALUATION_SEED)
+
+    async def _answers(
+        self, prompts: pa.RecordBatch, rows: list[int], sampling: SamplingConfig, seed: int
+    ) -> tuple[pa.RecordBatch, RolloutInfo]:
         began = time.perf_counter()
         check_schema(prompts, PROMPTS)
         if self._version is None:
@@ -135,14 +160,13 @@ class RolloutActor:
         for prompt_id, prompt in zip(ids, tokens, strict=True):
             self._require_room(prompt_id, len(prompt))
         self._num_calls += 1
-        sampling = _greedy(self._config.sampling) if greedy else self._config.sampling
         num_each = sampling.samples_per_prompt
         samples = [
             (prompt_id * num_each + k, prompt_id, prompt)
             for prompt_id, prompt in zip(ids, tokens, strict=True)
             for k in range(num_each)
         ]
-        completions = await _all_or_none(self._answer(sampling, *sample) for sample in samples)
+        completions = await _all_or_none(self._answer(sampling, seed, *sample) for sample in samples)
         batch = _rollout(samples, completions)
         versions = [version for completion in completions for version, _, _ in completion.versions]
         info = RolloutInfo(
@@ -233,9 +257,9 @@ class RolloutActor:
             )
 
     async def _answer(
-        self, sampling: SamplingConfig, sample_id: int, prompt_id: int, prompt: Sequence[int]
+        self, sampling: SamplingConfig, seed: int, sample_id: int, prompt_id: int, prompt: Sequence[int]
     ) -> Completion:
-        params = self._sampling_params(sampling, sample_seed(self._seed, sample_id))
+        params = self._sampling_params(sampling, sample_seed(seed, sample_id))
         call = f"{self._num_calls}-greedy" if sampling.temperature == 0 else str(self._num_calls)
         try:
             return await self._engine.generate(f"{sample_id}-{call}", prompt, params)
@@ -288,6 +312,7 @@ def _rollout(
             "prompt_id": [prompt_id for _, prompt_id, _ in samples],
             "tokens": _lists(np.array(tokens, dtype=np.int32), totals),
             "num_prompt_tokens": prompt_lengths,
+            **one_turn_each(prompt_lengths, totals),
             "rollout_logprobs": _lists(np.array(logprobs, dtype=np.float32), lengths),
             "policy_versions": _lists(versions.astype(np.int32), lengths),
             "finish_reason": [done.finish_reason for done in completions],
@@ -298,4 +323,3 @@ def _rollout(
 def _lists(values: np.ndarray[tuple[int], np.dtype[np.generic]], lengths: Sequence[int]) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-            **one_turn_each(prompt_lengths, totals),

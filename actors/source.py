@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors.config import ModelConfig
+from actors.evaluation import EvaluationRules, evaluate, samples_table
 from cluster.context import RankContext
 from data.build import Counts
 from data.config import DataConfig
@@ -175,6 +176,35 @@ class SourceActor:
         """
         other = Dataset.from_config(data, "examples", self._tokenizer, seed=0)
         return _with_info(other.in_order(0, num_rows))
+
+    def evaluate(
+        self,
+        rollouts: Sequence[pa.RecordBatch],
+        scores: Sequence[pa.RecordBatch],
+        columns: Mapping[str, int],
+        rules: EvaluationRules,
+        facts: Mapping[str, str | int | float],
+        keep_at: Path | None,
+    ) -> dict[str, float]:
+        """The metrics of responses to held-out prompts (``actors.evaluation.evaluate``).
+
+        Args:
+            scores: the batches of all columns of scores, one column after the other.
+            columns: how many of them each column has, by its name and in their order.
+            facts: about the whole, kept in the file.
+            keep_at: where the responses are written, as text; none: nowhere.
+
+        Raises:
+            SchemaError: a column is not of the rollouts' rows.
+            OSError: the file cannot be written.
+        """
+        batches = iter(scores)
+        by_name = {name: [next(batches) for _ in range(number)] for name, number in columns.items()}
+        metrics = evaluate(rollouts, by_name, rules)
+        if keep_at is not None:
+            keep_at.parent.mkdir(parents=True, exist_ok=True)
+            write_table(samples_table(rollouts, by_name, self._tokenizer, facts), keep_at)
+        return metrics
 
     def keep(self, columns: Sequence[pa.RecordBatch], path: Path) -> None:
         """Write a column of another role, in its parts, into one Arrow file, which is there as a whole or not at all.

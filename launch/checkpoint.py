@@ -4,6 +4,7 @@ Invariants:
 
 - A checkpoint is written beside its place, closed by a manifest of its files, their sizes and digests, flushed, and
   renamed. A folder without a manifest that agrees with it is not a checkpoint.
+- The checkpoint that is named the best stays for as long as it is that, however old it is.
 - Old checkpoints go only after a newer one is in place, so at every moment one can be resumed from.
 - What is being written or removed has a name that starts with a dot, and is cleared away by the next checkpoint.
 """
@@ -32,22 +33,25 @@ _CHUNK_BYTES = 16 << 20
 
 
 class CheckpointStore:
-    """The checkpoints of a run, newest ``keep`` of them."""
+    """The checkpoints of a run, newest ``keep`` of them, and the best where one is named."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder = folder
         self._keep = keep
 
     @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
+    def writing(self, step: int, *, best: int | None = None) -> Iterator[Path]:
         """A folder to write the checkpoint of ``step`` into; in its place when the ``with`` block ends well.
+
+        Args:
+            best: the step of the best checkpoint, this one or one before it, which is kept besides the newest.
 
         Raises:
             CheckpointError: this process, or a rank in the ``with`` block, could not write it; the checkpoints there
                 were are untouched.
             RoleFailed: the process of a rank died meanwhile.
         """
-        place = self._folder / f"{_PREFIX}{step:08d}"
+        place = self.of(step)
         beside = self._folder / f".{place.name}.part"
         for left in self._folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -71,7 +75,12 @@ class CheckpointStore:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         for old in self._complete()[: -self._keep]:
-            shutil.rmtree(_set_aside(old))
+            if best is None or old != self.of(best):
+                shutil.rmtree(_set_aside(old))
+
+    def of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, if it is kept."""
+        return self._folder / f"{_PREFIX}{step:08d}"
 
     def latest(self) -> Path:
         """The newest whole checkpoint.

@@ -22,6 +22,8 @@ from cluster.group import Ref, RoleGroup
 
 #: Maps an engine's rank, a PROMPTS batch and rows of it to a ROLLOUT of one row each.
 Baseline = Callable[[int, Ref, list[int]], Awaitable[Ref]]
+#: The same, to a ROLLOUT and what the driver knows of it.
+Answer = Callable[[int, Ref, list[int]], Awaitable[tuple[Ref, RolloutInfo]]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class RolloutFleet:
         largest_slice: prompts sent in one call, at most.
         on_dispatch: told of each slice as it leaves: its prompt ids and the engine's rank.
         baseline: gives one more response to rows of prompts, while an engine (of this rank) answers them.
+        answer: how an engine (of this rank) is asked; none: by ``RolloutActor.generate``.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class RolloutFleet:
         largest_slice: int,
         on_dispatch: Callable[[Sequence[int], int], None],
         baseline: Baseline | None = None,
+        answer: Answer | None = None,
     ) -> None:
         self.engines = engines
         self._capacity = prompts_in_flight_per_engine
@@ -63,6 +67,7 @@ class RolloutFleet:
         self._smallest_slice = -(-self._largest_slice // 4)
         self._on_dispatch = on_dispatch
         self._baseline = baseline
+        self._answer = answer or self._generate
         self._in_flight = [0] * engines.num_ranks
         self._changed = asyncio.Condition()
         self._busy_since = 0.0
@@ -118,7 +123,7 @@ class RolloutFleet:
 
     async def _run(self, engine: int, prompts: Ref, rows: list[int]) -> Generated:
         try:
-            answers = self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
+            answers = self._answer(engine, prompts, rows)
             if self._baseline is None:
                 (rollout, info), baseline = await answers, None
             else:
@@ -130,6 +135,9 @@ class RolloutFleet:
             async with self._changed:
                 self._changed.notify_all()
         return Generated(rollout, info, engine, baseline)
+
+    def _generate(self, engine: int, prompts: Ref, rows: list[int]) -> Awaitable[tuple[Ref, RolloutInfo]]:
+        return self.engines.column_of(engine, RolloutActor.generate, prompts, rows)
 
     def _slice(self, remaining: int) -> int:
         """Guided self-scheduling: half of an even share of what remains, within the limits."""

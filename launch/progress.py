@@ -26,6 +26,10 @@ HEADLINES = (
     ("held-out loss", "heldout/loss", ".4f"),
     ("held-out accuracy", "heldout/accuracy", ".1%"),
     ("held-out right way round", "heldout/reward_accuracy", ".1%"),
+    ("held-out score", "evaluation/score", ".3f"),
+    ("pass@1", "evaluation/pass_at_1", ".1%"),
+    ("held-out length", "evaluation/response_tokens", ".1f"),
+    ("held-out truncated", "evaluation/truncated_fraction", ".1%"),
     ("ratio off by", "policy/first_ratio_max_deviation", ".1e"),
 )
 
@@ -69,7 +73,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._panel())
             return
-        evaluated = any(name.startswith("heldout/") for name in values)
+        evaluated = any(name.startswith(("heldout/", "evaluation/")) for name in values)
         if evaluated or step % self._log_every == 0 or step == self._num_steps:
             self._console.print(self._line(values), soft_wrap=True)
 

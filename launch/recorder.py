@@ -74,8 +74,8 @@ class Recorder:
         self._writer.write(step, values)
         self._progress.update(step, values)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The row of an evaluation after update ``step``."""
-        values = {f"heldout/{name}": value for name, value in metrics.items()}
+    def evaluation(self, step: int, metrics: Mapping[str, float], group: str = "heldout") -> None:
+        """The row of an evaluation after update (or iteration) ``step``."""
+        values = {f"{group}/{name}": value for name, value in metrics.items()}
         self._writer.write(step, values)
         self._progress.update(step, values)

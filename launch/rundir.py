@@ -4,10 +4,13 @@
     metrics.jsonl   one object a step; tensorboard/ holds the same as events
     logs/           one file for each rank of each role
     checkpoints/    step-00000010/, written whole or not at all
+    best.json       which checkpoint is the best, by which metric, where evaluation.best_by is set
     experience/     iteration_000003.arrow, where run.keep_experience is on
+    evaluation/     iteration_000003.arrow: responses to held-out prompts, with their scores
     model/          the trained model in Hugging Face form, at the end; adapters are merged into it
     reliability.svg a reward model's accuracy by its confidence, on held-out comparisons
     normalisation.json  what a reward model's scores were multiplied by and what was added, and why
+    best/           the model of the best checkpoint, at the end
     ema/            the moving average of the policy, where policy.ema_decay is set
     adapter/        the adapter alone, as PEFT loads it, where the model was tuned by one
 
@@ -126,6 +129,16 @@ class RunDir:
     def experience(self) -> Path:
         """Kept experience."""
         return self.path / "experience"
+
+    @property
+    def evaluation(self) -> Path:
+        """Kept responses to held-out prompts."""
+        return self.path / "evaluation"
+
+    @property
+    def best(self) -> Path:
+        """The exported model of the best checkpoint."""
+        return self.path / "best"
 
     @property
     def model(self) -> Path:
