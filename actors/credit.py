@@ -19,8 +19,8 @@ Legend: N samples, T response tokens of all of them laid end to end.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 from actors.credit_columns import CreditColumns, read_columns
+from actors.rewards.combination import COMBINED, Total
+from actors.rewards.combination_config import TotalConfig
 from actors.rollout import RolloutInfo
+from actors.score_columns import UNNAMED, Totals, safety_prompts
 from actors.selection import baseline_column, prompts_without_signal, rows_of_prompts
 from algorithms.advantages import whiten
 from algorithms.bundles import CreditInputs, algorithm_of
@@ -36,14 +39,14 @@ from algorithms.config import OnlineConfig
 from algorithms.corrections import Weights, masked_weights, sequence_masked_weights, truncated_weights
 from algorithms.group_advantages import groups_without_signal
 from algorithms.kl import ESTIMATORS, k1
+from algorithms.moments import RunningMoments
 from algorithms.packed import spread
-from algorithms.rewards import per_token_rewards, shape_scores
-from algorithms.shaping import overlong_penalty
+from algorithms.rewards import per_token_rewards
 from algorithms.statistics import explained_variance
 from cluster.context import RankContext
 from experience.schema import CREDIT, CREDIT_WITH_RETURNS, make_batch
-from experience.table import join
-from experience.tensors import list_array, list_column, scalar_column
+from experience.table import Experience, join
+from experience.tensors import list_array
 
 Batches = Sequence[pa.RecordBatch]
 
@@ -54,9 +57,8 @@ class CreditReport:
 
     ``metrics``, each under ``experience/``:
 
-    - ``score``, ``score_std`` of the reward model; ``shaped_score`` after clipping, the rules for a missing EOS and the
-      penalty of overlong responses; ``reward``, that less the KL penalty where it is in the reward: all of them means
-      over samples, before any whitening;
+    - ``score``, ``score_std`` of what the rewards were combined to; ``shaped_score`` after all shaping; ``reward``,
+      that less the KL penalty where it is in the reward: all of them means over samples;
     - ``response_tokens``, its mean, ``response_tokens_max``, ``truncated_fraction`` of samples that did not end;
     - ``advantage``, ``advantage_std`` (before whitening), over tokens;
     - ``staleness_mean``, ``staleness_max``: policy versions between drawing a token and training on it;
@@ -69,18 +71,36 @@ class CreditReport:
       the engine's and theirs;
     - with a correction, ``correction_fraction`` of tokens that it cut or masked, ``correction_weight``, the mean
       weight, and ``correction_kl``, k3 of KL(engine, policy's ranks) in nats.
+
+    And, each under ``reward/``, the mean of every term of ``rewards.combination.Total``: each reward by its name, the
+    change that each shaping made by its, ``combined`` and ``total``, with ``_std`` for rewards and the total.
+
+    ``moments`` are the running ones of shaping, this batch included.
     """
 
     metrics: dict[str, float]
     kl_coefficient: float
     seconds: float
+    moments: Mapping[str, RunningMoments] = field(default_factory=dict)
 
 
 class CreditActor:
     """Computes rewards, advantages and returns."""
 
-    def __init__(self, context: RankContext, config: OnlineConfig, max_response_tokens: int) -> None:
-        """``max_response_tokens``: the longest response that generation allows.
+    def __init__(
+        self,
+        context: RankContext,
+        config: OnlineConfig,
+        max_response_tokens: int,
+        rewards: Sequence[str] = (UNNAMED,),
+        total: TotalConfig | None = None,
+    ) -> None:
+        """Import the algorithm.
+
+        Args:
+            max_response_tokens: the longest response that generation allows.
+            rewards: their names, in the order that their scores come in.
+            total: how they become one score; none: as they are, added up.
 
         Raises:
             AlgorithmError: the algorithm is one of the user's own, and cannot be imported here.
@@ -88,7 +108,8 @@ class CreditActor:
         torch.set_num_threads(context.num_threads)
         self._config = config
         self._algorithm = algorithm_of(config.name)
-        self._max_response_tokens = max_response_tokens
+        self._total = total or TotalConfig()
+        self._totals = Totals(rewards, self._total, max_response_tokens)
 
     def assign(
         self,
@@ -101,16 +122,19 @@ class CreditActor:
         kl_coefficient: float,
         policy_version: int,
         keep_at: Path | None,
+        moments: Mapping[str, RunningMoments] | None = None,
     ) -> tuple[pa.RecordBatch, CreditReport]:
         """The CREDIT of an iteration's rows; with values CREDIT_WITH_RETURNS.
 
         Args:
-            rollouts, scores: the iteration's columns, each in one or several batches.
+            rollouts: the iteration's samples, in one or several batches.
+            scores: of the same rows, reward after reward (``score_columns``).
             ref_logprobs, values, baseline_scores: the same, or no batch where the run has no such role.
             policy_logprobs: the same of the policy's ranks, or no batch where they are not recomputed. Where they
                 are there, the KL penalty and the ratio are of them, and not of the engine's log-probs.
             policy_version: the version that training starts from.
             keep_at: where to write the iteration's experience as one Arrow file, credit included; none: nowhere.
+            moments: of shaping by running moments, as the last call's report gave them.
 
         Raises:
             SchemaError: the columns are not of the same rows, a response is empty or ended for an unknown reason, or
@@ -119,25 +143,41 @@ class CreditActor:
             AlgorithmError: the algorithm lacks something that the run does not have.
         """
         began = time.perf_counter()
-        parts = (rollouts, ref_logprobs, values, scores, policy_logprobs, baseline_scores)
+        parts = (rollouts, ref_logprobs, values, policy_logprobs, baseline_scores)
         given = [part for part in parts if part]
-        columns = read_columns(join(*given).table, policy_version)
-        shaped_N, rewards_T = self._rewards(columns, kl_coefficient)
+        table = join(*given).table
+        columns = read_columns(table, policy_version)
+        scores_of = self._totals.read(scores, table.column("sample_id"))
+        total = self._totals.of(table, scores_of, moments)
+        rewards_T = self._rewards(columns, total.scores_N, kl_coefficient)
         inputs = self._inputs(columns, rewards_T)
         advantages_T, returns_T = self._algorithm.credit(inputs)
         weights_T, corrected = self._weights(columns)
-        metrics = _metrics(columns, shaped_N, rewards_T, advantages_T, returns_T) | corrected
+        metrics = _metrics(columns, total, rewards_T, advantages_T, returns_T) | corrected
+        metrics |= {f"reward/{name}": value for name, value in total.metrics().items()}
         if self._config.whiten_advantages:
             advantages_T = whiten(advantages_T)
         credit = _credit(columns, advantages_T, returns_T, weights_T)
         if keep_at is not None:
             facts = {"policy_version": policy_version, "kl_coefficient": kl_coefficient}
-            join(*given, [credit]).write(keep_at, facts)
-        return credit, CreditReport(metrics, kl_coefficient, time.perf_counter() - began)
+            kept = self._totals.with_scores(join(*given, [credit]).table, scores_of, total)
+            Experience(kept).write(keep_at, facts)
+        return credit, CreditReport(metrics, kl_coefficient, time.perf_counter() - began, total.moments)
 
     def without_signal(self, rollouts: Batches, scores: Batches) -> tuple[int, ...]:
-        """Prompts whose samples all have the same score, as the reward model gave it: nothing is learnt from them."""
-        return prompts_without_signal(join(rollouts, scores).table)
+        """Prompts whose samples all have the same score, before any shaping: nothing is learnt from them."""
+        table = join(rollouts).table
+        scores_of = self._totals.read(scores, table.column("sample_id"))
+        return prompts_without_signal(table, self._totals.combined(table, scores_of))
+
+    def safety_prompts(self, rollouts: Batches, prompts: Batches) -> tuple[pa.RecordBatch, int]:
+        """What stands behind the rewards' scores where the combination wants to know which prompts are of safety.
+
+        Raises:
+            SchemaError: a prompt's row is not among ``prompts``, or keeps no such column.
+        """
+        tags = safety_prompts(rollouts, prompts, self._total)
+        return tags, tags.num_rows
 
     def select(
         self, columns: Batches, rollouts: Batches, prompt_ids: Sequence[int]
@@ -153,41 +193,22 @@ class CreditActor:
         Raises:
             SchemaError: a prompt has no baseline, or two.
         """
-        table = join(baseline_rollouts, baseline_scores).table
-        lengths_N = list_column(table, "rollout_logprobs").lengths
-        finished_N = torch.tensor([reason == "stop" for reason in table.column("finish_reason").to_pylist()])
-        shaped_N = self._shaped(scalar_column(table, "score").double(), finished_N, lengths_N)
+        table = join(baseline_rollouts).table
+        scores_of = self._totals.read(baseline_scores, table.column("sample_id"))
+        shaped_N = self._totals.of(table, scores_of).scores_N
         return baseline_column(rollouts, table.column("prompt_id").to_pylist(), shaped_N.tolist())
 
-    def _rewards(self, columns: CreditColumns, kl_coefficient: float) -> tuple[Tensor, Tensor]:
-        """Shaped scores (N,) and what each token earns (T,)."""
-        shaped_N = self._shaped(columns.scores_N, columns.finished_N, columns.offsets.diff())
+    def _rewards(self, columns: CreditColumns, scores_N: Tensor, kl_coefficient: float) -> Tensor:
+        """What each token earns (T,)."""
         behaviour_T, reference_T = columns.behaviour_logprobs_T, columns.ref_logprobs_T
         if reference_T is None or self._config.kl.placement == "loss":
             reference_T, kl_coefficient = behaviour_T, 0.0
         estimator = ESTIMATORS[self._config.kl.estimator_used]
-        rewards_T = per_token_rewards(
-            shaped_N, behaviour_T, reference_T, columns.offsets, kl_coefficient, estimator
-        )
-        return shaped_N, rewards_T
-
-    def _shaped(self, scores_N: Tensor, finished_N: Tensor, lengths_N: Tensor) -> Tensor:
-        shaping = self._config.reward
-        shaped_N = shape_scores(
-            scores_N,
-            finished_N,
-            clip=shaping.clip,
-            missing_eos_score=shaping.missing_eos_score,
-            missing_eos_penalty=shaping.missing_eos_penalty,
-        )
-        if (margin := shaping.overlong_margin_tokens) is None:
-            return shaped_N
-        penalties_N = overlong_penalty(lengths_N, max_tokens=self._max_response_tokens, margin_tokens=margin)
-        return shaped_N + shaping.overlong_penalty * penalties_N.to(shaped_N)
+        return per_token_rewards(scores_N, behaviour_T, reference_T, columns.offsets, kl_coefficient, estimator)
 
     def _inputs(self, columns: CreditColumns, rewards_T: Tensor) -> CreditInputs:
         return CreditInputs(
-            rewards_T=whiten(rewards_T, shift_mean=False) if self._config.reward.whiten else rewards_T,
+            rewards_T=whiten(rewards_T, shift_mean=False) if self._config.whiten_rewards else rewards_T,
             offsets=columns.offsets,
             group_ids_N=columns.prompt_ids_N,
             values_T=columns.values_T,
@@ -243,14 +264,14 @@ def _credit(
 
 
 def _metrics(
-    columns: CreditColumns, shaped_N: Tensor, rewards_T: Tensor, advantages_T: Tensor, returns_T: Tensor | None
+    columns: CreditColumns, total: Total, rewards_T: Tensor, advantages_T: Tensor, returns_T: Tensor | None
 ) -> dict[str, float]:
-    lengths_N = columns.offsets.diff().double()
+    lengths_N, combined_N = columns.offsets.diff().double(), total.terms[COMBINED]
     num_samples = len(lengths_N)
     metrics = {
-        "score": columns.scores_N.mean(),
-        "score_std": columns.scores_N.std(correction=0),
-        "shaped_score": shaped_N.mean(),
+        "score": combined_N.mean(),
+        "score_std": combined_N.std(correction=0),
+        "shaped_score": total.scores_N.mean(),
         "reward": rewards_T.sum() / num_samples,
         "response_tokens": lengths_N.mean(),
         "response_tokens_max": lengths_N.max(),
@@ -272,7 +293,7 @@ def _metrics(
     if columns.baseline_scores_N is not None:
         metrics |= {"baseline_score": columns.baseline_scores_N.mean()}
     if len(set(columns.prompt_ids_N.tolist())) < num_samples:
-        without_N = groups_without_signal(columns.scores_N, columns.prompt_ids_N)
+        without_N = groups_without_signal(combined_N, columns.prompt_ids_N)
         metrics |= {"no_signal_fraction": without_N.double().mean()}
     if columns.policy_logprobs_T is not None:
         gap_T = (columns.policy_logprobs_T - columns.rollout_logprobs_T).abs()

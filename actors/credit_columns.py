@@ -27,7 +27,6 @@ class CreditColumns:
     sample_ids_N: Tensor
     prompt_ids_N: Tensor
     offsets: Tensor
-    scores_N: Tensor
     baseline_scores_N: Tensor | None
     finished_N: Tensor
     staleness_T: Tensor
@@ -75,7 +74,6 @@ def read_columns(table: pa.Table, policy_version: int) -> CreditColumns:
         sample_ids_N=torch.tensor(sample_ids, dtype=torch.int64),
         prompt_ids_N=scalar_column(table, "prompt_id"),
         offsets=logprobs.offsets,
-        scores_N=scalar_column(table, "score").double(),
         baseline_scores_N=scalar_column(table, "baseline_score").double() if baselines else None,
         finished_N=torch.tensor([reason == "stop" for reason in reasons]),
         staleness_T=staleness_T,
@@ -107,9 +105,7 @@ def _require_finite(columns: CreditColumns) -> None:
         sample, at = int(columns.sample_ids_N[row]), token - int(columns.offsets[row])
         value = float(column_T[token])
         raise NotFinite(f"sample {sample}: {name} of response token {at} is {value}; it must be a finite number")
-    for name, column_N in {"score": columns.scores_N, "baseline_score": columns.baseline_scores_N}.items():
-        if column_N is None or not bool((wrong := ~column_N.isfinite()).any()):
-            continue
+    if (column_N := columns.baseline_scores_N) is not None and bool((wrong := ~column_N.isfinite()).any()):
         row = int(wrong.nonzero()[0])
         sample, score = int(columns.sample_ids_N[row]), float(column_N[row])
-        raise NotFinite(f"sample {sample}: {name} is {score}; a reward model must give a finite number")
+        raise NotFinite(f"sample {sample}: baseline_score is {score}; a reward model must give a finite number")

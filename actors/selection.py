@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from actors.rollout import RolloutInfo
 from algorithms.group_advantages import groups_without_signal
@@ -15,10 +16,9 @@ from experience.schema import BASELINE_SCORES, ROLLOUT, SchemaError, check_schem
 Batches = Sequence[pa.RecordBatch]
 
 
-def prompts_without_signal(table: pa.Table) -> tuple[int, ...]:
-    """Of joined rollouts and scores, the prompts whose scores are all equal, in the order of their first samples."""
+def prompts_without_signal(table: pa.Table, scores_N: Tensor) -> tuple[int, ...]:
+    """Of joined rollouts and their scores (N,), the prompts whose scores are all equal, in order of first samples."""
     prompt_ids = table.column("prompt_id").to_pylist()
-    scores_N = torch.tensor(table.column("score").to_pylist(), dtype=torch.float64)
     without_N = groups_without_signal(scores_N, torch.tensor(prompt_ids, dtype=torch.int64)).tolist()
     return tuple(dict.fromkeys(prompt for prompt, none in zip(prompt_ids, without_N, strict=True) if none))
 

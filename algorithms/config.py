@@ -56,22 +56,6 @@ class KLConfig(_Frozen):
         return self.placement == "loss" and self.coefficient > 0
 
 
-class RewardShapingConfig(_Frozen):
-    """What is done to a reward model's score before it becomes a reward."""
-
-    clip: PositiveFloat | None = Field(None, description="Scores are clipped to [-clip, clip]; none leaves them.")
-    missing_eos_score: float | None = Field(
-        None, description="Score of a response that did not end by itself; none keeps the reward model's."
-    )
-    missing_eos_penalty: float = Field(0.0, ge=0, description="Subtracted where a response did not end by itself.")
-    overlong_margin_tokens: PositiveInt | None = Field(
-        None, description="DAPO: over these last tokens before the longest response a penalty rises evenly; none: no "
-        "penalty."
-    )
-    overlong_penalty: PositiveFloat = Field(1.0, description="That penalty at the longest response.")
-    whiten: bool = Field(False, description="Scale rewards to unit variance over the global batch (mean kept).")
-
-
 class CorrectionConfig(_Frozen):
     """Weights for tokens that were drawn by other arithmetic, or older weights, than those in training.
 
@@ -124,9 +108,11 @@ class OnlineConfig(_Frozen):
         description=f"{', '.join(f'`{name}`' for name in BUILT_IN)}, or your own as `my_module:MY_ALGORITHM`.",
     )
     kl: KLConfig = Field(KLConfig(), description="The penalty towards the reference.")
-    reward: RewardShapingConfig = Field(RewardShapingConfig(), description="Shaping of the score.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
+    whiten_rewards: bool = Field(
+        False, description="Scale rewards to unit variance over the tokens of the global batch (mean kept)."
+    )
     whiten_advantages: bool = Field(
         False, description="Mean 0, std 1 over the tokens of the global batch. PPO: true."
     )
@@ -192,14 +178,10 @@ class OnlineConfig(_Frozen):
             raise ValueError("policy_loss reinforce has no ratio to clip; leave clip_ratio, clip_low, clip_high out")
         if self.policy_loss == "cispo" and not (self.clip_ratio or self.clip_high):
             raise ValueError("policy_loss cispo needs clip_high, which its paper tunes and gives no number for; say 4")
-        if self.reward.overlong_margin_tokens is None and self._changed("reward.overlong_penalty"):
-            raise ValueError("reward.overlong_penalty needs reward.overlong_margin_tokens, over which it rises")
         return self
 
     def _changed(self, key: str) -> bool:
-        section, _, name = key.rpartition(".")
-        owner: BaseModel = getattr(self, section) if section else self
-        return bool(getattr(owner, name) != type(owner).model_fields[name].default)
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def needs(self) -> Needs:

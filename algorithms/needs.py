@@ -16,7 +16,7 @@ from algorithms.errors import AlgorithmError
 Baseline = Literal["none", "greedy", "initial"]
 
 #: Keys of ``algorithm`` that only some algorithms read; those of a critic are read by whoever needs one.
-KEYS_OF_SOME = frozenset({"gamma", "whiten_advantages", "reward.whiten"})
+KEYS_OF_SOME = frozenset({"gamma", "whiten_advantages", "whiten_rewards"})
 KEYS_OF_A_CRITIC = frozenset({"gae_lambda", "clip_value", "critic_warmup_iterations"})
 
 
@@ -58,7 +58,7 @@ BUILT_IN: Mapping[str, Needs] = {
     ),
     "dr_grpo": Needs(groups=True, keys=_NONE, defaults={"normalise": "constant", "kl": {"coefficient": 0.0}}),
     "rloo": Needs(groups=True, keys=_WHITENED),
-    "reinforce_plus_plus": Needs(keys=frozenset({"gamma", "reward.whiten"})),
+    "reinforce_plus_plus": Needs(keys=frozenset({"gamma", "whiten_rewards"})),
     "reinforce_plus_plus_baseline": Needs(
         groups=True, keys=_NONE, defaults={"kl": {"placement": "loss", "estimator": "k2"}}
     ),

@@ -23,11 +23,13 @@ from transformers.models.auto.modeling_auto import (
 from actors.config import ModelConfig
 from actors.errors import ModelError
 from actors.models import explained, outline
+from actors.rewards.config import JudgeRewardConfig, ModelRewardConfig
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
 from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_model
+from launch.reward_rules import by_place
 
 ModelKind = Literal["language model", "scorer", "new scorer"]
 Facts = list[tuple[str, str]]
@@ -65,7 +67,12 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
                 yield WantedModel("critic.model", critic.model, "new scorer", longest, same_tokens=True)
             if (reference := config.reference) is not None:
                 yield WantedModel("reference.model", reference.model, "language model", longest, same_tokens=True)
-            yield WantedModel("reward.model", config.reward.model, "scorer", longest)
+            for where, reward in by_place(config.reward, config.rewards).items():
+                if isinstance(reward, ModelRewardConfig):
+                    yield WantedModel(f"{where}.model", reward.model, "scorer", longest)
+                elif isinstance(reward, JudgeRewardConfig):
+                    judged = reward.max_model_tokens or longest
+                    yield WantedModel(f"{where}.model", reward.model, "language model", judged)
 
 
 def check_model(wanted: WantedModel, facts: Facts, tokenizers: dict[str, Tokenizer]) -> Iterator[Problem]:

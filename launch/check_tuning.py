@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from actors.config import TrainedRoleConfig
 from launch.config import OnlineRunConfig, RewardModelRunConfig, RunConfig
+from launch.devices import runs_on_gpu
 from launch.errors import Problem
 from launch.paths import resolve_model
-from launch.rules import runs_on_gpu
 
 if TYPE_CHECKING:
     from launch.check_models import Facts

@@ -6,18 +6,19 @@ that need the model, the data or the cluster are in ``launch.check``.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from actors.config import (
     CriticConfig,
     PolicyConfig,
     ReferenceConfig,
-    RewardConfig,
     RolloutConfig,
     TrainedRoleConfig,
 )
+from actors.rewards.combination_config import TotalConfig
+from actors.rewards.config import AnyReward
 from algorithms.config import (
     FeedbackConfig,
     LearningConfig,
@@ -30,6 +31,7 @@ from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
 from data.formats import Kind
 from launch.errors import RuleViolations
+from launch.reward_rules import by_role
 from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, reference_is_of_use, violations
 from launch.settings import NormaliseSettings, OnlineSettings, RunSettings
 
@@ -50,6 +52,11 @@ __all__ = [
 
 #: Roles that hold no model: they take little, and sit wherever there is room.
 SMALL_ROLE = PlacementConfig(cpus_per_rank=0.5, threads_per_rank=1)
+
+
+def _model_unless_said(reward: object) -> object:
+    """`reward: {model: ...}` is short for one of `kind: model`."""
+    return {"kind": "model", **reward} if isinstance(reward, dict) else reward
 
 
 class BaseRunConfig(FrozenConfig):
@@ -168,7 +175,14 @@ class OnlineRunConfig(BaseRunConfig):
         None, description="The model that the policy is held close to. Not needed where algorithm.kl.coefficient is 0, "
         "nor with an adapter, whose base it is then."
     )
-    reward: RewardConfig = Field(description="The model that scores whole responses.")
+    rewards: dict[str, AnyReward] = Field(
+        {}, description="What responses are worth, by names of your own: each reward is a role of that name."
+    )
+    reward: Annotated[AnyReward | None, BeforeValidator(_model_unless_said)] = Field(
+        None, description="Instead of `rewards`: the only one, whose role is called `reward`. The same keys; without "
+        "`kind` it is a reward model."
+    )
+    total: TotalConfig = Field(TotalConfig(), description="How the rewards become one score, and what shapes it.")
     rollout: RolloutConfig = Field(description="The engines that generate.")
     baseline: RolloutConfig | None = Field(
         None, description="Engines that keep the weights that the policy began with, and answer each prompt once; "
@@ -181,7 +195,12 @@ class OnlineRunConfig(BaseRunConfig):
     def placements(self) -> dict[str, PlacementConfig]:
         """The placement of every role of the run, by the role's name."""
         more = {} if self.pretraining_data is None else {"pretraining_source": SMALL_ROLE}
-        return super().placements() | more
+        return super().placements() | self.rewards | more
+
+    @property
+    def reward_roles(self) -> dict[str, AnyReward]:
+        """Every reward by the name of its role, in the order that their scores travel in."""
+        return by_role(self.reward, self.rewards)
 
     @property
     def policy_is_reference(self) -> bool:

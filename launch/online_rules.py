@@ -84,17 +84,6 @@ def redrawn_prompts_have_groups(online: OnlineSettings, rollout: RolloutConfig) 
         )
 
 
-def overlong_margin_fits(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
-    """The penalty of overlong responses rises within a response."""
-    margin, longest = algorithm.reward.overlong_margin_tokens, rollout.sampling.max_response_tokens
-    if margin is not None and margin > longest:
-        yield Problem(
-            "algorithm.reward.overlong_margin_tokens",
-            f"{margin} is more than rollout.sampling.max_response_tokens = {longest}",
-            f"at most {longest}",
-        )
-
-
 def pretraining_fits(
     algorithm: OnlineConfig, policy: PolicyConfig, pretraining_data: DataConfig | None
 ) -> Iterator[Problem]:
@@ -110,6 +99,8 @@ def pretraining_fits(
             f"{budget} is less than the longest sequence, pretraining_data.max_tokens = {longest}",
             f"at least {longest}",
         )
+    if pretraining_data.keep_columns:
+        yield Problem("pretraining_data.keep_columns", "are what rewards are given, and text gets none", "leave it out")
 
 
 def _missing(role: str, section: type[BaseModel], who: str, purpose: str) -> Problem:
@@ -124,6 +115,5 @@ ROLE_RULES = (
     baseline_where_needed,
     groups_where_needed,
     redrawn_prompts_have_groups,
-    overlong_margin_fits,
     pretraining_fits,
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from actors.config import ModelConfig
+from actors.rewards.config import AnyReward, FunctionRewardConfig, JudgeRewardConfig, ModelRewardConfig
 from data.config import DataConfig, SourceConfig
 from launch.errors import RunDirError
 
@@ -62,6 +63,18 @@ def resolve_data(data: DataConfig) -> DataConfig:
     cache_dir = None if data.cache_dir is None else str(resolve(data.cache_dir))
     sources = {"train": resolved(data.train), "heldout": resolved(data.heldout)}
     return data.model_copy(update={**sources, "cache_dir": cache_dir})
+
+
+def resolve_reward(reward: AnyReward) -> AnyReward:
+    """``reward`` with the path of its model, or of the file that its function is in, resolved."""
+    match reward:
+        case ModelRewardConfig() | JudgeRewardConfig():
+            return reward.model_copy(update={"model": resolve_model(reward.model)})
+        case FunctionRewardConfig(path=path):
+            where, _, name = path.rpartition(":")
+            return reward.model_copy(update={"path": f"{resolve(where)}:{name}"}) if where.endswith(".py") else reward
+        case _:
+            return reward
 
 
 def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:

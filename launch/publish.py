@@ -23,7 +23,7 @@ from actors.weight_sender import shared_parts
 from actors.weights import WeightPart
 from cluster.config import ClusterConfig
 from cluster.group import RoleGroup
-from launch.rules import runs_on_gpu
+from launch.devices import runs_on_gpu
 from launch.tasks import task_group
 
 

@@ -20,7 +20,7 @@ from launch.config import (
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
-from launch.fields import model_of
+from launch.fields import ANY_NAME, is_named, models_of, tag_of
 
 INTRODUCTION = """\
 # Configuration
@@ -74,13 +74,17 @@ def page() -> str:
 
 def _sections(key: str, field: FieldInfo, seen: set[type[BaseModel]]) -> Iterator[str]:
     """The section of a block and of every block inside it, each model once."""
-    model = model_of(field.annotation)
-    if model is None or model in seen:
-        return
-    seen.add(model)
-    yield f"### `{key}`\n\n{_first_sentence(model)}\n\n{_table(model)}"
-    for name, inner in model.model_fields.items():
-        yield from _sections(f"{key}.{name}", inner, seen)
+    found = models_of(field.annotation)
+    key = f"{key}.{ANY_NAME}" if is_named(field.annotation) else key
+    for model in found:
+        if model in seen:
+            continue
+        seen.add(model)
+        tag = tag_of(model) if len(found) > 1 else None
+        title = f"`{key}`" if tag is None else f"`{key}` with `{tag[0]}: {tag[1]}`"
+        yield f"### {title}\n\n{_first_sentence(model)}\n\n{_table(model)}"
+        for name, inner in model.model_fields.items():
+            yield from _sections(f"{key}.{name}", inner, seen)
 
 
 def _table(model: type[BaseModel]) -> str:
@@ -116,7 +120,7 @@ def _default(field: FieldInfo) -> str:
 def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        return " or ".join(_type(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(dict.fromkeys(_type(argument) for argument in arguments if argument is not type(None)))
     if origin is Literal:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if origin is tuple:

@@ -30,9 +30,9 @@ from launch.config import (
     ReferredRunConfig,
     SupervisedRunConfig,
 )
+from launch.devices import runs_on_gpu
 from launch.paths import resolve_data, resolve_model
 from launch.publish import adapter_rank, weight_transfer
-from launch.rules import runs_on_gpu
 from launch.tasks import task_group
 
 #: Added to the run's seed. With the policy's own, a baseline would be drawn with the very randomness of the sample that

@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from actors.config import MAX_ADAPTER_RANK, ModelConfig, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
+from actors.config import MAX_ADAPTER_RANK, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
+from actors.rewards.config import AnyReward, ModelRewardConfig
 from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
+from launch.devices import model_role_problems, runs_on_gpu
 from launch.errors import Problem
 from launch.online_rules import ROLE_RULES
+from launch.reward_rules import REWARD_RULES, by_place
 from launch.settings import OnlineSettings, RunSettings
 
 Rule = Callable[..., Iterable[Problem]]
@@ -29,11 +32,6 @@ def violations(rules: Iterable[Rule], sections: Mapping[str, object]) -> list[Pr
         if sections.keys() >= needed.keys():
             problems.extend(rule(**{name: sections[name] for name in needed}))
     return problems
-
-
-def runs_on_gpu(placement: PlacementConfig, cluster: ClusterConfig) -> bool:
-    """Whether a role's ranks compute on GPUs: an accelerator resource of another name only stands for one."""
-    return placement.gpus_per_rank > 0 and cluster.accelerator_resource == "GPU"
 
 
 def batches_divide(online: OnlineSettings, rollout: RolloutConfig) -> Iterator[Problem]:
@@ -84,7 +82,8 @@ def samples_fit(
     policy: TrainedRoleConfig,
     critic: TrainedRoleConfig | None,
     reference: ScorerConfig | None,
-    reward: ScorerConfig,
+    reward: AnyReward | None,
+    rewards: dict[str, AnyReward],
     baseline: RolloutConfig | None,
 ) -> Iterator[Problem]:
     """The longest sample (prompt plus response) fits the engine and one pack of every role."""
@@ -99,7 +98,9 @@ def samples_fit(
                 f"{most} is less than the longest sample, {parts} = {longest} tokens",
                 f"at least {longest}, or a smaller part",
             )
-    for name, role in (("policy", policy), ("critic", critic), ("reference", reference), ("reward", reward)):
+    models = {where: one for where, one in by_place(reward, rewards).items() if isinstance(one, ModelRewardConfig)}
+    packing = {"policy": policy, "critic": critic, "reference": reference, **models}
+    for name, role in packing.items():
         if role is not None:
             yield from _pack_holds(name, role.max_tokens_per_pack, longest, f"the longest sample, {parts}")
 
@@ -119,6 +120,12 @@ def _pack_holds(role: str, budget: int, longest: int, what: str) -> Iterator[Pro
         )
 
 
+def columns_are_of_prompts(data: DataConfig) -> Iterator[Problem]:
+    """Rewards alone are given further columns, and prompts alone get rewards."""
+    if data.keep_columns:
+        yield Problem("data.keep_columns", "are what rewards are given, and this run has none", "leave it out")
+
+
 def evaluation_has_data(data: DataConfig, algorithm: LearningConfig) -> Iterator[Problem]:
     """Evaluation needs held-out data, early stopping needs evaluation."""
     if algorithm.evaluate_every is not None and not data.heldout and not data.heldout_fraction:
@@ -136,15 +143,13 @@ def roles_suit_devices(
     policy: TrainedRoleConfig,
     critic: TrainedRoleConfig | None,
     reference: ScorerConfig | None,
-    reward: ScorerConfig,
 ) -> Iterator[Problem]:
     """What needs a GPU has one."""
     for name, trained in (("policy", policy), ("critic", critic)):
         if trained is not None:
             yield from _trained_role(name, trained, cluster)
-    for name, scorer in (("reference", reference), ("reward", reward)):
-        if scorer is not None:
-            yield from _model_role(name, scorer, scorer.model, cluster)
+    if reference is not None:
+        yield from model_role_problems("reference", reference, reference.model, cluster)
 
 
 def learner_suits_device(cluster: ClusterConfig, learner: TrainedRoleConfig) -> Iterator[Problem]:
@@ -164,32 +169,17 @@ def reference_is_of_use(
         yield Problem("reference.colocate", "the reference is gone before the learner is placed", "leave it out")
     what = "the longest sequence, data.max_tokens"
     yield from _pack_holds("reference", reference.max_tokens_per_pack, data.max_tokens, what)
-    yield from _model_role("reference", reference, reference.model, cluster)
+    yield from model_role_problems("reference", reference, reference.model, cluster)
 
 
 def _trained_role(name: str, role: TrainedRoleConfig, cluster: ClusterConfig) -> Iterator[Problem]:
-    yield from _model_role(name, role, role.model, cluster)
+    yield from model_role_problems(name, role, role.model, cluster)
     if not runs_on_gpu(role, cluster):
         for key in ("offload_optimizer", "offload_params"):
             if getattr(role.zero, key):
                 yield Problem(
                     f"{name}.zero.{key}", "moves state from GPU to CPU, and this role runs on CPU", "leave it out"
                 )
-
-
-def _model_role(name: str, role: PlacementConfig, model: ModelConfig, cluster: ClusterConfig) -> Iterator[Problem]:
-    if role.gpus_per_rank > 1:
-        yield Problem(
-            f"{name}.gpus_per_rank", f"{role.gpus_per_rank:g}, but a rank of this role computes on one GPU",
-            "1, and more in ranks_per_node",
-        )
-    if model.attention == "flash_attention_2":
-        if not runs_on_gpu(role, cluster):
-            yield Problem(f"{name}.model.attention", "flash_attention_2 needs a GPU and this role has none", "sdpa")
-        elif model.dtype == "float32":
-            yield Problem(
-                f"{name}.model.attention", "flash_attention_2 does not compute in float32", "dtype bfloat16, or sdpa"
-            )
 
 
 def engines_suit_devices(
@@ -262,7 +252,8 @@ def colocation(
     policy: PlacementConfig,
     critic: PlacementConfig | None,
     reference: PlacementConfig | None,
-    reward: PlacementConfig,
+    reward: PlacementConfig | None,
+    rewards: dict[str, PlacementConfig],
     rollout: PlacementConfig,
     baseline: PlacementConfig | None,
 ) -> Iterator[Problem]:
@@ -272,9 +263,11 @@ def colocation(
         "critic": critic,
         "reference": reference,
         "reward": reward,
+        **rewards,
         "rollout": rollout,
         "baseline": baseline,
     }
+    where = {name: f"rewards.{name}" if name in rewards else name for name in given}
     roles = {name: role for name, role in given.items() if role is not None}
     groups: dict[str, list[str]] = {}
     for name, role in roles.items():
@@ -284,18 +277,18 @@ def colocation(
         first = names[0]
         if group in (*roles, "credit", "source") and group not in names:
             right = f"give {group} the same `colocate`" if group in roles else "choose another name"
-            yield Problem(f"{first}.colocate", f"{group!r} names a role that is not in this group", right)
+            yield Problem(f"{where[first]}.colocate", f"{group!r} names a role that is not in this group", right)
             continue
         if len(names) == 1:
             others = [other for other in groups if other != group]
             right = f"give another role the same name (groups here: {', '.join([group, *others])}), or leave it out"
-            yield Problem(f"{first}.colocate", f"{first} is alone in group {group!r}", right)
+            yield Problem(f"{where[first]}.colocate", f"{first} is alone in group {group!r}", right)
             continue
         shape = _shape(roles[first])
         for name in names[1:]:
             if _shape(roles[name]) != shape:
                 yield Problem(
-                    f"{name}.colocate",
+                    f"{where[name]}.colocate",
                     f"group {group!r} is shared rank by rank, but {name} has {_in_words(roles[name])} and "
                     f"{first} has {_in_words(roles[first])}",
                     "give them the same num_nodes, ranks_per_node and strategy",
@@ -304,7 +297,7 @@ def colocation(
         if total > 1 + 1e-9 and len([name for name in names if roles[name].gpus_per_rank]) > 1:
             parts = " + ".join(f"{name} {roles[name].gpus_per_rank:g}" for name in names)
             yield Problem(
-                f"{first}.gpus_per_rank",
+                f"{where[first]}.gpus_per_rank",
                 f"group {group!r} shares one accelerator per rank, and {parts} = {total:g}",
                 "fractions that add up to at most 1",
             )
@@ -320,6 +313,7 @@ def _in_words(role: PlacementConfig) -> str:
 
 ONLINE_RULES: tuple[Rule, ...] = (
     *ROLE_RULES,
+    *REWARD_RULES,
     batches_divide,
     minibatches_divide,
     online_has_an_end,
@@ -331,4 +325,6 @@ ONLINE_RULES: tuple[Rule, ...] = (
     adapter_can_travel,
     colocation,
 )
-SUPERVISED_RULES: tuple[Rule, ...] = (examples_fit, evaluation_has_data, learner_suits_device)
+SUPERVISED_RULES: tuple[Rule, ...] = (
+    examples_fit, columns_are_of_prompts, evaluation_has_data, learner_suits_device
+)

@@ -15,6 +15,7 @@ import torch
 from actors.credit import CreditActor, CreditReport
 from actors.credit_columns import NotFinite
 from actors.errors import RoleError
+from actors.rewards.combination_config import TotalConfig
 from algorithms.config import OnlineConfig
 from cluster.context import RankContext
 from experience.schema import (
@@ -29,8 +30,8 @@ from experience.schema import (
     make_batch,
 )
 from experience.table import Experience
-from tests.algorithms import slow
 from experience.turns import one_turn_each
+from tests.algorithms import slow
 
 MAX_RESPONSE_TOKENS = 64
 PLAIN: dict[str, Any] = {"whiten_advantages": False, "gamma": 0.9, "gae_lambda": 0.8}
@@ -74,7 +75,7 @@ def random_samples(lengths: list[int], seed: int = 0) -> list[Sample]:
     ]
 
 
-def columns(samples: list[Sample], cut: int | None = None) -> dict[str, list[pa.RecordBatch]]:
+def columns(samples: list[Sample], cut: int | None = None) -> dict[str, Any]:
     """The samples as the roles' batches; with ``cut`` each column in two, the rollouts cut one row later."""
 
     def batches(schema: pa.Schema, later: int = 0, **given: Any) -> list[pa.RecordBatch]:
@@ -88,11 +89,11 @@ def columns(samples: list[Sample], cut: int | None = None) -> dict[str, list[pa.
             prompt_id=[s.sample_id // 2 for s in samples],
             tokens=[[5] * (s.num_prompt_tokens + len(s.rollout_logprobs)) for s in samples],
             num_prompt_tokens=[s.num_prompt_tokens for s in samples],
-            rollout_logprobs=[s.rollout_logprobs for s in samples],
             **one_turn_each(
                 [s.num_prompt_tokens for s in samples],
                 [s.num_prompt_tokens + len(s.rollout_logprobs) for s in samples],
             ),
+            rollout_logprobs=[s.rollout_logprobs for s in samples],
             policy_versions=[s.versions for s in samples],
             finish_reason=[s.finish_reason for s in samples],
         ),
@@ -113,12 +114,15 @@ def assign(
     cut: int | None = None,
     version: int = 5,
     keep_at: Path | None = None,
+    shaping: dict[str, Any] | None = None,
 ) -> tuple[pa.RecordBatch, CreditReport]:
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", torch.get_num_threads(), None, 0)
     given = columns(samples, cut)
     if not recomputed:
         given["policy_logprobs"] = []
-    return CreditActor(context, OnlineConfig.model_validate(settings), MAX_RESPONSE_TOKENS).assign(
+    total = TotalConfig.model_validate({"shaping": shaping or {}})
+    config = OnlineConfig.model_validate(settings)
+    return CreditActor(context, config, MAX_RESPONSE_TOKENS, ("reward",), total).assign(
         **given, kl_coefficient=coefficient, policy_version=version, keep_at=keep_at
     )
 
@@ -147,9 +151,9 @@ def test_by_hand() -> None:
         "gamma": 0.5,
         "gae_lambda": 0.5,
         "whiten_advantages": False,
-        "reward": {"clip": 5.0, "missing_eos_penalty": 1.0},
     }
-    credit, report = assign(samples, settings)
+    shaping = {"bounds": {"kind": "clip"}, "eos": {"kind": "missing_eos", "penalty": 1.0}}
+    credit, report = assign(samples, settings, shaping=shaping)
     check_schema(credit, CREDIT_WITH_RETURNS)
     assert credit.column("sample_id").to_pylist() == [7, 9]
     assert [len(row) for row in credit.column("advantages").to_pylist()] == [2, 1]
@@ -177,7 +181,12 @@ def test_by_hand() -> None:
         "staleness_mean": (1 + 0 + 3) / 3,
         "staleness_max": 3.0,
     }
-    assert report.metrics == {f"experience/{name}": approx(number) for name, number in expected.items()}
+    terms = {"reward": 5.5, "reward_std": 3.5, "combined": 5.5, "bounds": -2.0, "eos": -0.5}
+    terms |= {"total": 3.0, "total_std": 2.0}
+    named = {"experience": expected, "reward": terms}
+    assert report.metrics == {
+        f"{group}/{name}": approx(number) for group, found in named.items() for name, number in found.items()
+    }
     assert report.kl_coefficient == 0.1
     assert report.seconds > 0
 
@@ -189,9 +198,14 @@ def test_equals_slow_code(recomputed: bool, whiten_rewards: bool, whiten_advanta
     samples = random_samples([3, 1, 17, 2, 9, 33])
     settings = PLAIN | {
         "whiten_advantages": whiten_advantages,
-        "reward": {"clip": 0.8, "missing_eos_score": -1.0, "missing_eos_penalty": 0.5, "whiten": whiten_rewards},
+        "whiten_rewards": whiten_rewards,
     }
-    credit, report = assign(samples, settings, recomputed=recomputed)
+    shaping = {
+        "bounds": {"kind": "clip", "low": -0.8, "high": 0.8},
+        "cut": {"kind": "truncation", "score": -1.0},
+        "eos": {"kind": "missing_eos", "penalty": 0.5},
+    }
+    credit, report = assign(samples, settings, recomputed=recomputed, shaping=shaping)
 
     behaviour = [s.policy_logprobs if recomputed else s.rollout_logprobs for s in samples]
     shaped = [slow.shape_score(s.score, s.finish_reason == "stop", 0.8, -1.0, 0.5) for s in samples]
@@ -240,7 +254,7 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_batch() -> Non
     assert abs(report.metrics["experience/advantage"]) > 1e-3
 
 
-@pytest.mark.parametrize("settings", [PLAIN, {"reward": {"whiten": True}}])
+@pytest.mark.parametrize("settings", [PLAIN, {"whiten_rewards": True}])
 def test_order_and_cuts_do_not_matter(settings: dict[str, Any]) -> None:
     """Slices arrive as engines finish them, and ranks cut them elsewhere: the same credit for every sample."""
     samples = random_samples([3, 1, 17, 2, 9, 5])
@@ -275,7 +289,7 @@ def test_refuses_scores_that_are_not_finite(number: float) -> None:
     samples = random_samples([3, 4, 2])
     samples[1].score = number
     with pytest.raises(NotFinite, match=f"sample 101: score is {number}; a reward model must give a finite number"):
-        assign(samples, {"reward": {"clip": 1.0, "missing_eos_score": 0.0}})
+        assign(samples, {}, shaping={"bounds": {"kind": "clip"}, "cut": {"kind": "truncation"}})
 
 
 def test_refuses_rows_that_do_not_belong_together() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from actors.credit import CreditActor, CreditReport
+from actors.rewards.combination_config import TotalConfig
 from algorithms.config import OnlineConfig
 from algorithms.needs import BUILT_IN
 from cluster.context import RankContext
@@ -30,13 +31,15 @@ def assign(
     absent: tuple[str, ...] = ("values", "policy_logprobs"),
     baselines: list[float] | None = None,
     coefficient: float = 0.1,
+    shaping: dict[str, Any] | None = None,
 ) -> tuple[pa.RecordBatch, CreditReport]:
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", torch.get_num_threads(), None, 0)
     given = columns(samples) | {name: [] for name in absent}
     if baselines is not None:
         ids = [sample.sample_id for sample in samples]
         given["baseline_scores"] = [make_batch(BASELINE_SCORES, {"sample_id": ids, "baseline_score": baselines})]
-    actor = CreditActor(context, OnlineConfig.model_validate(settings), MAX_RESPONSE_TOKENS)
+    total = TotalConfig.model_validate({"shaping": shaping or {}})
+    actor = CreditActor(context, OnlineConfig.model_validate(settings), MAX_RESPONSE_TOKENS, ("reward",), total)
     return actor.assign(**given, kl_coefficient=coefficient, policy_version=5, keep_at=None)
 
 
@@ -62,9 +65,9 @@ def slow_advantages(name: str, rewards: list[list[float]], prompts: list[int], b
 @pytest.mark.parametrize("name", CRITIC_FREE)
 def test_equals_slow_code(name: str, placement: str) -> None:
     samples, baselines = random_samples(LENGTHS), [0.5, -1.0, 2.0, 0.0, 1.0, 0.25, -0.5, 3.0]
-    settings = {"name": name, "kl": {"placement": placement}, "reward": {"missing_eos_penalty": 0.5}}
+    settings, shaping = {"name": name, "kl": {"placement": placement}}, {"eos": {"kind": "missing_eos", "penalty": 0.5}}
     given = baselines if BUILT_IN[name].baseline != "none" else None
-    credit, report = assign(samples, settings, baselines=given)
+    credit, report = assign(samples, settings, baselines=given, shaping=shaping)
     check_schema(credit, CREDIT)
     shaped = [slow.shape_score(s.score, s.finish_reason == "stop", None, None, 0.5) for s in samples]
     estimator = "k2" if name == "reinforce_plus_plus_baseline" else "k1"
@@ -114,9 +117,9 @@ def test_groups_without_signal_get_exactly_nothing_and_are_counted() -> None:
 def test_overlong_responses_are_penalised_and_truncated_ones_masked() -> None:
     """Longest 40, margin 8: a response of 33 tokens is one over 32, so it loses 1/8 of the penalty."""
     samples = random_samples(LENGTHS)
-    shaping = {"overlong_margin_tokens": 8, "overlong_penalty": 2.0}
-    settings = {"name": "remax", "kl": {"coefficient": 0.0}, "reward": shaping, "mask_truncated": True}
-    credit, report = assign(samples, settings, baselines=[0.0] * 8, coefficient=0.0)
+    shaping = {"overlong": {"kind": "overlong", "margin_tokens": 8, "penalty": 2.0}}
+    settings = {"name": "remax", "kl": {"coefficient": 0.0}, "mask_truncated": True}
+    credit, report = assign(samples, settings, baselines=[0.0] * 8, coefficient=0.0, shaping=shaping)
     expected = [s.score - (0.25 if length == 33 else 0.0) for s, length in zip(samples, LENGTHS, strict=True)]
     assert [row[0] for row in credit.column("advantages").to_pylist()] == approx(expected)
     for row, sample in zip(credit.column("loss_weights").to_pylist(), samples, strict=True):

@@ -225,10 +225,11 @@ def test_what_compares_responses_has_several() -> None:
     assert refused("methods/reinforce_plus_plus", one) == []
     [(where, _)] = refused("methods/reinforce_plus_plus", one, "online.max_redraws=3")
     assert where == "online.max_redraws"
-    [(where, what)] = refused("methods/grpo", "algorithm.reward.overlong_margin_tokens=11")
+    overlong = "total.shaping.overlong={kind: overlong, margin_tokens: 11}"
+    [(where, what)] = refused("methods/grpo", overlong)
     assert (where, what) == (
-        "algorithm.reward.overlong_margin_tokens",
-        "11 is more than rollout.sampling.max_response_tokens = 10; at most 10",
+        "total.shaping.overlong.margin_tokens",
+        "11 is more than the longest response, 10 tokens; at most 10",
     )
 
 
