@@ -74,7 +74,7 @@ def home(models: Path, tmp_path: Path) -> Path:
 def troupe(home: Path) -> Troupe:
     """``troupe ...`` as a user types it, with the home in ``$TROUPE_HOME``."""
 
-    def run(*words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "launch", *words],
             cwd=ROOT,

@@ -108,6 +108,7 @@ def test_what_pip_is_told_to_install_is_there() -> None:
     assert told and told <= extras
 
 
+@pytest.mark.timeout(600)
 def test_the_first_run_of_the_readme(
     troupe: Callable[..., subprocess.CompletedProcess[str]], home: Path
 ) -> None:

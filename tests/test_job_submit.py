@@ -58,6 +58,7 @@ def head(home: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         process.wait(timeout=30)
 
 
+@pytest.mark.timeout(900)
 def test_the_default_run_as_a_job(head: dict[str, str], home: Path, tmp_path: Path) -> None:
     # A checkout: what git knows, without this machine's environment and runs.
     checkout = tmp_path / "checkout"
@@ -76,7 +77,7 @@ def test_the_default_run_as_a_job(head: dict[str, str], home: Path, tmp_path: Pa
     assert refused.returncode != 0
     words = ("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "launch", "train", "ray_config.yaml")
     done = subprocess.run(
-        words, cwd=checkout, env=head, capture_output=True, text=True, timeout=280, check=False
+        words, cwd=checkout, env=head, capture_output=True, text=True, timeout=600, check=False
     )
     told = done.stdout + done.stderr
     assert done.returncode == 0, told[-6000:]

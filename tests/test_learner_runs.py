@@ -10,6 +10,8 @@ import pytest
 
 from tests.running import ROOT, Troupe, check_done, rows, stop
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.mark.parametrize(
     ("stage", "words", "metric"),

@@ -13,6 +13,9 @@ import pytest
 from experience.table import Experience
 from tests.running import PPO, ROOT, Troupe, check_done, learnt, rows, stop
 
+#: Starting all roles takes half a minute, and several times that beside other work.
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_ppo_runs_and_resumes_as_if_it_had_not_stopped(troupe: Troupe, home: Path) -> None:
     check_done(troupe("train", *PPO))
@@ -86,9 +89,10 @@ def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_aske
     stop(home, [*words, "--resume"], at_line="ppo 2/")
     assert all((run / "logs" / f"rollout-{rank}.log").exists() for rank in (0, 1))
     steps = rows(run)
-    # The step that was under way is done, and nothing after it.
-    assert [row["step"] for row in steps] == [1, 2, 3]
-    assert (run / "checkpoints" / "step-00000003" / "manifest.json").exists()
+    # The step that was under way is done, if one was, and nothing after it.
+    last = len(steps)
+    assert [row["step"] for row in steps] == list(range(1, last + 1)) and last in (2, 3)
+    assert (run / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
     assert steps[0]["experience/staleness_max"] == 0
     # From the second iteration on, experience was drawn while the one before it was trained on.
     assert max(row["experience/staleness_max"] for row in steps) == 1
