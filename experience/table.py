@@ -226,8 +226,8 @@ def _checked_turns(table: pa.Table, ids: Int64Array) -> Int64Array:
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         raise SchemaError(
-            f"experience: sample {ids[rows[at]]} has {totals[rows[at]]} tokens, {prompts[rows[at]]} of them prompt, and "
-            f"a turn from {starts[at]} to {ends[at]}; turns go from the prompt's end to the sample's"
+            f"experience: sample {ids[rows[at]]} has {totals[rows[at]]} tokens, {prompts[rows[at]]} of them prompt, "
+            f"and a turn from {starts[at]} to {ends[at]}; turns go from the prompt's end to the sample's"
         )
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])[np.concatenate([[0], last + 1])]
     lengths: Int64Array = np.diff(sums).astype(np.int64)
