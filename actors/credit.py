@@ -44,7 +44,7 @@ from algorithms.packed import spread
 from algorithms.rewards import per_token_rewards
 from algorithms.statistics import explained_variance
 from cluster.context import RankContext
-from experience.schema import CREDIT, CREDIT_WITH_RETURNS, make_batch
+from experience.schema import CREDIT, CREDIT_WITH_RETURNS, SCORES, make_batch
 from experience.table import Experience, join
 from experience.tensors import list_array
 
@@ -170,8 +170,24 @@ class CreditActor:
         scores_of = self._totals.read(scores, table.column("sample_id"))
         return prompts_without_signal(table, self._totals.combined(table, scores_of))
 
+    def combined(self, rollouts: Batches, scores: Batches) -> tuple[pa.RecordBatch, int]:
+        """SCORES of what the rewards come to before any shaping; NaN where one of them has none."""
+        table = join(rollouts).table
+        ids = table.column("sample_id")
+        combined_N = self._totals.combined(table, self._totals.read(scores, ids, finite=False))
+        columns = {"sample_id": ids.combine_chunks(), "score": pa.array(combined_N.float().numpy())}
+        return make_batch(SCORES, columns), table.num_rows
+
+    def combine(self, rollouts: Batches, scores: Batches) -> tuple[pa.RecordBatch, int]:
+        """SCORES of the rollouts' rows: what the rewards come to, before any shaping; NaN where one has no score."""
+        table = join(rollouts).table
+        combined_N = self._totals.combined_or_nan(table, scores)
+        ids = table.column("sample_id").combine_chunks()
+        batch = make_batch(SCORES, {"sample_id": ids, "score": pa.array(combined_N.float().numpy())})
+        return batch, batch.num_rows
+
     def safety_prompts(self, rollouts: Batches, prompts: Batches) -> tuple[pa.RecordBatch, int]:
-        """What stands behind the rewards' scores where the combination wants to know which prompts are of safety.
+        """SCORES that stand behind the rewards' where the combination wants to know which prompts are of safety.
 
         Raises:
             SchemaError: a prompt's row is not among ``prompts``, or keeps no such column.
@@ -194,7 +210,8 @@ class CreditActor:
             SchemaError: a prompt has no baseline, or two.
         """
         table = join(baseline_rollouts).table
-        scores_of = self._totals.read(baseline_scores, table.column("sample_id"))
+        # Of prompts that were dropped it may have none.
+        scores_of = self._totals.read(baseline_scores, table.column("sample_id"), finite=False)
         shaped_N = self._totals.of(table, scores_of).scores_N
         return baseline_column(rollouts, table.column("prompt_id").to_pylist(), shaped_N.tolist())
 

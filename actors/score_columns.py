@@ -65,23 +65,38 @@ class Totals:
         self._config = total
         self._max_response_tokens = max_response_tokens
 
-    def read(self, scores: Batches, sample_ids: pa.ChunkedArray) -> dict[str, Tensor]:
-        """The scores (N,) of each name, in float64.
+    def read(self, scores: Batches, sample_ids: pa.ChunkedArray, *, finite: bool = True) -> dict[str, Tensor]:
+        """The scores (N,) of each name, in float64; with ``finite`` every one of them must be.
 
         Raises:
             SchemaError: they are of other rows.
             NotFinite: a score is NaN or infinite.
         """
-        found = _by_name(scores, self._names, len(sample_ids))
-        for name, batches in found.items():
-            require_same_rows(sample_ids, pa.Table.from_batches(batches, SCORES))
-            scores_N = scalar_column(batches, "score").double()
+        found = self._read(scores, sample_ids)
+        for name, scores_N in found.items():
             if bool((wrong := ~scores_N.isfinite()).any()):
                 row = int(wrong.nonzero()[0])
                 raise NotFinite(
                     f"sample {sample_ids[row].as_py()}: {self.column_of(name)} is {float(scores_N[row])}; a reward "
                     "model must give a finite number"
                 )
+        return found
+
+    def combined_or_nan(self, table: pa.Table, scores: Batches) -> Tensor:
+        """``combined`` (N,), NaN where a reward has no score, of joined rollouts and their scores.
+
+        Raises:
+            SchemaError: the scores are of other rows.
+        """
+        found = self._read(scores, table.column("sample_id"))
+        scored_N = torch.stack([scores_N.isfinite() for scores_N in found.values()]).all(0)
+        combined_N = self.combined(table, {name: scores_N.nan_to_num() for name, scores_N in found.items()})
+        return combined_N.where(scored_N, torch.nan)
+
+    def _read(self, scores: Batches, sample_ids: pa.ChunkedArray) -> dict[str, Tensor]:
+        found = _by_name(scores, self._names, len(sample_ids))
+        for batches in found.values():
+            require_same_rows(sample_ids, pa.Table.from_batches(batches, SCORES))
         return {name: scalar_column(batches, "score").double() for name, batches in found.items()}
 
     def column_of(self, name: str) -> str:

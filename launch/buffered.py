@@ -20,21 +20,26 @@ from cluster.group import Ref, RoleGroup
 from experience.buffer import BufferState
 
 STATE_FILE = "buffer.json"
+SCORES_PREFIX = "scores-"
 
 
 @dataclass(frozen=True)
 class Scored:
     """A slice with every column, ready for credit. Each column is one reference a scoring rank, in row order.
 
-    A column of a role that the run lacks has no references.
+    A column of a role that the run lacks has no references. Scores are by the names that they travel under
+    (``actors.score_columns``).
     """
 
     rollout: Ref
     ref_logprobs: list[Ref]
     values: list[Ref]
-    scores: list[Ref]
+    scores: dict[str, list[Ref]]
     policy_logprobs: list[Ref]
     baseline_scores: list[Ref] = field(default_factory=list)
+
+
+_OTHERS = tuple(column.name for column in fields(Scored) if column.name not in ("rollout", "scores"))
 
 
 def complete_iterations(state: BufferState, payloads: Sequence[Scored]) -> tuple[BufferState, list[Scored]]:
@@ -67,9 +72,8 @@ async def keep_buffered(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, payload in enumerate(payloads):
-        for name in (column.name for column in fields(payload)):
-            column = getattr(payload, name)
-            if parts := column if isinstance(column, list) else [column]:
+        for name, parts in _columns(payload).items():
+            if parts:
                 await source.call_one(0, SourceActor.keep, parts, _file(folder, number, name))
     (folder / STATE_FILE).write_text(json.dumps(state))
 
@@ -89,9 +93,21 @@ async def read_buffered(source: RoleGroup[SourceActor], folder: Path) -> tuple[B
     payloads = []
     for number in range(len(state["chunks"])):
         (rollout,) = await column(number, "rollout")
-        names = [column_field.name for column_field in fields(Scored) if column_field.name != "rollout"]
-        payloads.append(Scored(rollout, *[await column(number, name) for name in names]))
+        kept = sorted(_name(file) for file in folder.glob(_file(folder, number, f"{SCORES_PREFIX}*").name))
+        scores = {name.removeprefix(SCORES_PREFIX): await column(number, name) for name in kept}
+        others = {name: await column(number, name) for name in _OTHERS}
+        payloads.append(Scored(rollout, scores=scores, **others))
     return state, payloads
+
+
+def _columns(payload: Scored) -> dict[str, list[Ref]]:
+    """Every column by the name of its file."""
+    scores = {f"{SCORES_PREFIX}{name}": parts for name, parts in payload.scores.items()}
+    return {"rollout": [payload.rollout], **scores, **{name: getattr(payload, name) for name in _OTHERS}}
+
+
+def _name(file: Path) -> str:
+    return file.stem.partition("-")[2]
 
 
 def _file(folder: Path, number: int, name: str) -> Path:

@@ -54,3 +54,9 @@ class CheckpointError(LaunchError):
     """A checkpoint cannot be written or read."""
 
     exit_code = 1
+
+
+class RewardsDown(LaunchError):
+    """Prompt after prompt in the same place of a batch could not be scored."""
+
+    exit_code = 1

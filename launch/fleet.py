@@ -30,12 +30,14 @@ Answer = Callable[[int, Ref, list[int]], Awaitable[tuple[Ref, RolloutInfo]]]
 class Generated:
     """One finished slice: its rows of the ROLLOUT schema by reference, and what the driver knows of them.
 
-    ``baseline`` holds one more response to each of its prompts, where the algorithm compares with one.
+    ``prompts`` holds the rows of its prompts, others beside them. ``baseline`` holds one more response to each of its
+    prompts, where the algorithm compares with one.
     """
 
     rollout: Ref
     info: RolloutInfo
     engine: int
+    prompts: Ref
     baseline: Ref | None = None
 
 
@@ -134,7 +136,7 @@ class RolloutFleet:
                 self._busy_s += time.perf_counter() - self._busy_since
             async with self._changed:
                 self._changed.notify_all()
-        return Generated(rollout, info, engine, baseline)
+        return Generated(rollout, info, engine, prompts, baseline)
 
     def _generate(self, engine: int, prompts: Ref, rows: list[int]) -> Awaitable[tuple[Ref, RolloutInfo]]:
         return self.engines.column_of(engine, RolloutActor.generate, prompts, rows)

@@ -4,14 +4,17 @@ Invariants:
 
 - A column is there exactly when its role is; a role that the run lacks leaves an empty list.
 - This process handles references to columns, counts, and the numbers of prompts.
-- Where prompts without signal are dropped, scores come first, and the other roles never see what is dropped.
+- Of a prompt that a reward has no score for, no sample is kept. Where prompts without signal are dropped, scores come
+  first, and the other roles never see what is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from actors.credit import CreditActor
 from actors.critic import CriticActor
@@ -19,23 +22,54 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reports import ColumnInfo
 from actors.reward import RewardActor
+from actors.rewards.actor import RewardInfo, TextRewardActor
 from actors.rollout import RolloutInfo
-from cluster.group import Ref
+from actors.score_columns import SAFETY_PROMPTS, UNNAMED, wants_tag
+from cluster.group import Ref, RoleGroup
 from launch.buffered import Scored
 from launch.config import OnlineRunConfig
 from launch.fleet import Generated
 from launch.recorder import Recorder
 from launch.roles import OnlineRoles
 
-Columns = list[tuple[Ref, ColumnInfo]]
+#: Why the ledger says that a prompt was dropped; where a reward failed it says so itself.
+NO_SIGNAL = "no signal"
+
+Columns = Sequence[tuple[Ref, ColumnInfo]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a slice, by the names that they travel under.
+
+    ``dropped`` are prompts with a sample that has no score, and why: that sample holds NaN. ``counts`` are of failures.
+    """
+
+    columns: dict[str, list[Ref]]
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def flat(self) -> list[Ref]:
+        """As credit assignment takes them."""
+        return flat(self.columns)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A slice with its columns; ``info`` is of what is kept of it. None: nothing is. ``dropped`` prompts are not."""
+    """A slice with its columns; ``info`` is of what is kept of it. None: nothing is.
+
+    ``dropped`` prompts are not, each for a reason; ``counts`` are metrics that add up over slices.
+    """
 
     kept: tuple[Scored, RolloutInfo] | None
-    dropped: tuple[int, ...] = ()
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def flat(scores: Mapping[str, Sequence[Ref]]) -> list[Ref]:
+    """Scores reward after reward, in the order of their names in ``scores``."""
+    return [ref for refs in scores.values() for ref in refs]
 
 
 class Labelling:
@@ -44,6 +78,8 @@ class Labelling:
     def __init__(self, config: OnlineRunConfig, roles: OnlineRoles, recorder: Recorder) -> None:
         self._roles = roles
         self._recorder = recorder
+        self._rewards = config.reward_roles
+        self._wants_tag = wants_tag(config.total)
         self._policy_is_reference = config.policy_is_reference
         algorithm, ahead = config.algorithm, config.online.max_staleness > 0
         corrected = algorithm.correction.method != "none"
@@ -52,56 +88,124 @@ class Labelling:
         self.recomputes_late = corrected and ahead
         self._recomputes_now = algorithm.recomputes_logprobs and not self.recomputes_late
 
-    async def label(self, generated: Generated, *, drop: bool) -> Labelled:
-        """Every column of a slice; with ``drop`` without the prompts that nothing can be learnt from.
+    async def label(self, generated: Generated, *, drop_flat: bool) -> Labelled:
+        """Every column of a slice, without prompts that a reward failed on.
+
+        Args:
+            drop_flat: leave out prompts that nothing can be learnt from as well.
 
         Raises:
             ClusterError: a role failed.
         """
-        rollout, info = generated.rollout, generated.info
-        if not drop:
-            scores, others = await asyncio.gather(self._scores(rollout), self._others(rollout, generated.baseline))
-            return Labelled((Scored(rollout, scores=scores, **others), info))
-        scores = await self._scores(rollout)
-        dropped = await self._roles.credit.call_one(0, CreditActor.without_signal, [rollout], scores)
-        if dropped:
-            kept = [prompt for prompt in info.prompt_ids if prompt not in set(dropped)]
-            if not kept:
-                return Labelled(None, dropped)
-            (rollout, info), (score, _) = await asyncio.gather(
-                self._select([rollout], rollout, kept), self._select(scores, rollout, kept)
+        rollout = generated.rollout
+        asked = [self.scores(rollout, generated.prompts)]
+        if generated.baseline is not None:
+            asked.append(self.scores(generated.baseline, generated.prompts))
+        if drop_flat:
+            scores, others = await asyncio.gather(*asked), {}
+        else:
+            *scores, others = await asyncio.gather(*asked, self._others(rollout))
+        own, baseline = scores[0], scores[-1]
+        dropped, counts = {**baseline.dropped, **own.dropped}, sum((one.counts for one in scores), Counter())
+        scored = replace(Scored(rollout, [], [], own.columns, []), **others)
+        kept = await self._without((scored, generated.info), dropped)
+        if drop_flat and kept is not None:
+            scored = kept[0]
+            found = await self._roles.credit.call_one(
+                0, CreditActor.without_signal, [scored.rollout], flat(scored.scores)
             )
-            scores = [score]
-        others = await self._others(rollout, generated.baseline)
-        return Labelled((Scored(rollout, scores=scores, **others), info), dropped)
+            dropped |= dict.fromkeys(found, NO_SIGNAL)
+            if (kept := await self._without(kept, found)) is not None:
+                kept = replace(kept[0], **await self._others(kept[0].rollout)), kept[1]
+        if generated.baseline is not None and kept is not None:
+            column, _ = await self._roles.credit.column_of(
+                0, CreditActor.baseline, [kept[0].rollout], [generated.baseline], baseline.flat
+            )
+            kept = replace(kept[0], baseline_scores=[column]), kept[1]
+        return Labelled(kept, dropped, counts)
+
+    async def scores(self, rollout: Ref, prompts: Ref) -> Scores:
+        """The scores of all rewards.
+
+        Args:
+            prompts: PROMPTS with the row of every prompt that is answered.
+
+        Raises:
+            ClusterError: a role failed.
+        """
+        parts = await asyncio.gather(*(self._scored_by(name, rollout, prompts) for name in self._rewards))
+        columns: dict[str, list[Ref]] = {}
+        dropped: dict[int, str] = {}
+        counts = Counter[str]()
+        for name, part in zip(self._rewards, parts, strict=True):
+            columns[name] = self._counted(name, part)
+            for _, info in part:
+                if isinstance(info, RewardInfo):
+                    dropped |= info.dropped
+                    counts += _failures(name, info)
+        if self._wants_tag:
+            tags, _ = await self._roles.credit.column_of(0, CreditActor.safety_prompts, [rollout], [prompts])
+            columns[SAFETY_PROMPTS] = [tags]
+        return Scores(columns, dropped, counts)
+
+    async def evaluated(self, generated: Generated) -> dict[str, list[Ref]]:
+        """``score``, what the rewards come to before any shaping, and each by its name where it has one.
+
+        A sample that a reward has no score for has NaN.
+        """
+        scores = await self.scores(generated.rollout, generated.prompts)
+        if list(self._rewards) == [UNNAMED]:
+            return {"score": scores.columns[UNNAMED]}
+        combined, _ = await self._roles.credit.column_of(
+            0, CreditActor.combined, [generated.rollout], scores.flat
+        )
+        return {"score": [combined], **{name: scores.columns[name] for name in self._rewards}}
 
     async def recompute(self, rollouts: list[Ref]) -> list[Ref]:
         """The policy's log-probs of a whole batch, before it is trained on."""
         return await self._columns("policy_scoring", self._roles.policy.columns(PolicyActor.score, rollouts))
 
-    async def _scores(self, rollout: Ref) -> list[Ref]:
-        return await self._columns("reward", self._roles.reward.columns(RewardActor.score, [rollout]))
+    async def _scored_by(self, name: str, rollout: Ref, prompts: Ref) -> Columns:
+        group = self._roles.rewards[name]
+        if self._rewards[name].kind == "model":
+            return await cast(RoleGroup[RewardActor], group).columns(RewardActor.score, [rollout])
+        return await cast(RoleGroup[TextRewardActor], group).columns(TextRewardActor.score, [rollout], [prompts])
 
-    async def _others(self, rollout: Ref, baseline: Ref | None) -> dict[str, list[Ref]]:
+    async def _others(self, rollout: Ref) -> dict[str, list[Ref]]:
         roles, now = self._roles, self._recomputes_now
         columns = await asyncio.gather(
             self._columns("reference", self._reference(rollout)),
             self._columns("critic", roles.critic.columns(CriticActor.score, [rollout]) if roles.critic else None),
             self._columns("policy_scoring", roles.policy.columns(PolicyActor.score, [rollout]) if now else None),
-            self._baseline(rollout, baseline),
         )
-        return dict(zip(("ref_logprobs", "values", "policy_logprobs", "baseline_scores"), columns, strict=True))
+        return dict(zip(("ref_logprobs", "values", "policy_logprobs"), columns, strict=True))
 
-    async def _baseline(self, rollout: Ref, baseline: Ref | None) -> list[Ref]:
-        """What another response to the same prompts was worth."""
-        if baseline is None:
-            return []
-        scores = await self._scores(baseline)
-        column, _ = await self._roles.credit.column_of(0, CreditActor.baseline, [rollout], [baseline], scores)
-        return [column]
+    async def _without(
+        self, slice_: tuple[Scored, RolloutInfo], dropped: Iterable[int]
+    ) -> tuple[Scored, RolloutInfo] | None:
+        """A slice without some prompts; none where nothing is left."""
+        scored, info = slice_
+        gone = set(dropped)
+        if not gone:
+            return slice_
+        if not (kept := [prompt for prompt in info.prompt_ids if prompt not in gone]):
+            return None
 
-    async def _select(self, columns: Sequence[Ref], rollout: Ref, prompt_ids: list[int]) -> tuple[Ref, RolloutInfo]:
-        return await self._roles.credit.column_of(0, CreditActor.select, list(columns), [rollout], prompt_ids)
+        async def select(columns: Sequence[Ref]) -> list[tuple[Ref, RolloutInfo]]:
+            if not columns:
+                return []
+            return [
+                await self._roles.credit.column_of(0, CreditActor.select, list(columns), [scored.rollout], kept)
+            ]
+
+        names = list(scored.scores)
+        per_token = (scored.ref_logprobs, scored.values, scored.policy_logprobs)
+        selected = await asyncio.gather(
+            select([scored.rollout]), *map(select, per_token), *(select(scored.scores[name]) for name in names)
+        )
+        [(rollout, left)] = selected[0]
+        ref_logprobs, values, policy_logprobs, *scores = [[ref for ref, _ in column] for column in selected[1:]]
+        return Scored(rollout, ref_logprobs, values, dict(zip(names, scores, strict=True)), policy_logprobs), left
 
     def _reference(self, rollout: Ref) -> Awaitable[Columns] | None:
         if self._policy_is_reference:
@@ -111,9 +215,15 @@ class Labelling:
         return None
 
     async def _columns(self, role: str, answer: Awaitable[Columns] | None) -> list[Ref]:
-        if answer is None:
-            return []
-        parts = await answer
+        return [] if answer is None else self._counted(role, await answer)
+
+    def _counted(self, role: str, parts: Columns) -> list[Ref]:
         for _, part in parts:
             self._recorder.count(role, part.num_tokens, part.seconds)
         return [ref for ref, _ in parts]
+
+
+def _failures(name: str, info: RewardInfo) -> Counter[str]:
+    """Metrics of what went wrong: samples without a score of their own, in all and by reason, and further tries."""
+    counts = Counter({f"reward/{name}/failed_{reason}": count for reason, count in info.num_failures.items()})
+    return counts + Counter({f"reward/{name}/failed": len(info.failures), f"reward/{name}/retried": info.num_retried})

@@ -11,8 +11,9 @@ Invariants:
 - Nothing waits for a phase to end: a slice is scored while others are generated, and with
   ``online.max_staleness`` k the next k batches are generated while this one is trained on.
 - The ledger knows every prompt drawn; its books balance at every checkpoint.
-- A prompt that is dropped, because nothing can be learnt from its samples, is replaced within its own iteration, and
-  a place in a batch is filled anew at most ``online.max_redraws`` times.
+- A prompt that is dropped, because nothing can be learnt from its samples or they could not be scored, is replaced
+  within its own iteration. A place in a batch is filled anew at most ``online.max_redraws`` times for the first reason
+  and ``online.max_failed_redraws`` times for others.
 - If either coroutine fails the other ends, and the failure is what the run ends with.
 """
 
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,13 +31,15 @@ from actors.critic import CriticActor
 from actors.policy import PolicyActor
 from actors.reports import TrainReport
 from actors.rollout import RolloutActor, RolloutInfo
+from actors.score_columns import score_names
 from actors.source import SourceActor
 from cluster.group import Ref
 from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, VersionBuffer
 from launch.buffered import Scored, complete_iterations, read_buffered
 from launch.config import OnlineRunConfig
+from launch.errors import RewardsDown
 from launch.fleet import Generated, RolloutFleet
-from launch.labelling import Labelling
+from launch.labelling import NO_SIGNAL, Labelling
 from launch.online_state import OnlineState, TextPlace
 from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
@@ -44,13 +47,12 @@ from launch.roles import OnlineRoles
 from launch.stopping import StopRequest
 from launch.tasks import task_group
 
-#: Why the ledger says that a prompt was dropped.
-NO_SIGNAL = "no signal"
+DROPPED = "experience/dropped_prompts"
 
 
 @dataclass(frozen=True)
 class Experience:
-    """All slices of one iteration by column, in the order their prompts were drawn."""
+    """All slices of one iteration by column, in the order their prompts were drawn; scores reward after reward."""
 
     rollouts: list[Ref]
     ref_logprobs: list[Ref]
@@ -60,14 +62,14 @@ class Experience:
     baseline_scores: list[Ref]
 
     @classmethod
-    def of(cls, batch: Batch[Scored]) -> Experience:
+    def of(cls, batch: Batch[Scored], score_names: Sequence[str]) -> Experience:
         """The references of a batch. Its chunks are ordered, so rows do not depend on which engine was faster."""
         slices = [chunk.payload for chunk in batch.chunks]
         return cls(
             [scored.rollout for scored in slices],
             [ref for scored in slices for ref in scored.ref_logprobs],
             [ref for scored in slices for ref in scored.values],
-            [ref for scored in slices for ref in scored.scores],
+            [ref for name in score_names for scored in slices for ref in scored.scores[name]],
             [ref for scored in slices for ref in scored.policy_logprobs],
             [ref for scored in slices for ref in scored.baseline_scores],
         )
@@ -84,6 +86,14 @@ class _Prompts:
 
 class OnlineDriver:
     """Runs an online algorithm over its roles until the configured iteration, or until asked to stop."""
+
+@dataclass(frozen=True)
+class _Redraws:
+    """How often a place in a batch was filled anew."""
+
+    no_signal: int = 0
+    failed: int = 0
+
 
     def __init__(
         self,
@@ -102,7 +112,9 @@ class OnlineDriver:
         self._experience_dir = experience_dir
         self._labelling = Labelling(config, roles, recorder)
         self._drawing = asyncio.Lock()
-        self._num_dropped = Counter[int]()
+        self._score_names = score_names(tuple(config.reward_roles), config.total)
+        #: Metrics that add up while an iteration is generated, by iteration.
+        self._counts = defaultdict[int, Counter[str]](Counter)
         samples_per_prompt = config.rollout.sampling.samples_per_prompt
         self._samples_per_prompt = samples_per_prompt
         self._fleet = RolloutFleet(
@@ -171,28 +183,50 @@ class OnlineDriver:
     def _dispatched(self, prompt_ids: Sequence[int], engine: int) -> None:
         self._state.ledger.dispatch(prompt_ids, engine=engine, policy_version=self._buffer.version)
 
-    async def _generate_and_score(self, slot: Slot, drawn: list[_Prompts], num_redraws: int = 0) -> None:
+    async def _generate_and_score(self, slot: Slot, drawn: list[_Prompts], redraws: _Redraws = _Redraws()) -> None:
         async with task_group() as scoring:
             for part in drawn:
                 async for generated in self._fleet.generate(part.prompts, part.ids, part.rows):
                     info = generated.info
                     self._state.ledger.generate(info.prompt_ids)
                     self._recorder.count("rollout", info.num_tokens, self._fleet.take_busy_s())
-                    scoring.create_task(self._score(slot, generated, num_redraws))
+                    scoring.create_task(self._score(slot, generated, redraws))
 
-    async def _score(self, slot: Slot, generated: Generated, num_redraws: int) -> None:
+    async def _score(self, slot: Slot, generated: Generated, redraws: _Redraws) -> None:
         """Have every scoring role add its column, and put the slice into the buffer; replace prompts that it drops."""
-        drop = num_redraws < self._config.online.max_redraws
-        labelled = await self._labelling.label(generated, drop=drop)
+        drop_flat = redraws.no_signal < self._config.online.max_redraws
+        labelled = await self._labelling.label(generated, drop_flat=drop_flat)
+        self._counts[slot.iteration] += labelled.counts
         if labelled.kept is not None:
             scored, info = labelled.kept
             self._state.ledger.score(info.prompt_ids)
             self._buffer.put(Chunk(_chunk_info(slot, info), scored))
-        if labelled.dropped:
-            self._state.ledger.drop(labelled.dropped, NO_SIGNAL)
-            self._num_dropped[slot.iteration] += len(labelled.dropped)
-            others = await self._draw(len(labelled.dropped))
-            await self._generate_and_score(slot, others, num_redraws + 1)
+        await self._replace(slot, labelled.dropped, redraws)
+
+    async def _replace(self, slot: Slot, dropped: Mapping[int, str], redraws: _Redraws) -> None:
+        """Drop prompts, each for its reason, and fill their places with others.
+
+        Raises:
+            RewardsDown: of a place that was filled anew so often every prompt failed.
+        """
+        by_reason = defaultdict[str, list[int]](list)
+        for prompt, reason in dropped.items():
+            by_reason[reason].append(prompt)
+        async with task_group() as filling:
+            for reason, prompts in by_reason.items():
+                flat = reason == NO_SIGNAL
+                if not flat and redraws.failed >= self._config.online.max_failed_redraws:
+                    raise RewardsDown(
+                        f"prompt {prompts[0]} was dropped ({reason}), and so were {redraws.failed} before it in its "
+                        "place; the reward's log names the failures. Mend it and go on with --resume, or set its "
+                        "on_failure to a score, or online.max_failed_redraws higher"
+                    )
+                self._state.ledger.drop(prompts, reason)
+                self._counts[slot.iteration][f"dropped/{reason.replace(' ', '_')}"] += len(prompts)
+                self._counts[slot.iteration][DROPPED] += len(prompts)
+                again = _Redraws(redraws.no_signal + flat, redraws.failed + (not flat))
+                others = await self._draw(len(prompts))
+                filling.create_task(self._generate_and_score(slot, others, again))
 
     async def _consume(self) -> None:
         state, saved = self._state, False
@@ -200,7 +234,7 @@ class OnlineDriver:
             watch = Stopwatch()
             batch = await self._buffer.take()
             watch.lap("wait_for_experience")
-            experience = Experience.of(batch)
+            experience = Experience.of(batch, self._score_names)
             if self._labelling.recomputes_late:
                 policy_logprobs = await self._labelling.recompute(experience.rollouts)
                 experience = replace(experience, policy_logprobs=policy_logprobs)
@@ -215,11 +249,11 @@ class OnlineDriver:
                 await self._save()
                 watch.lap("checkpoint")
             extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
-            if self._config.online.max_redraws:
-                extra["experience/dropped_prompts"] = float(self._num_dropped.pop(batch.iteration, 0))
+            extra |= self._counted(batch.iteration)
             self._recorder.training(state.iteration, reports, extra, watch)
         if not saved:  # it was stopped, maybe before the first iteration
             await self._save()
+            state.moments = dict(credit_report.moments)
 
     async def _save(self) -> None:
         await self._state.save(self._roles, *complete_iterations(*self._buffer.export()))
@@ -262,8 +296,18 @@ class OnlineDriver:
             ref_logprobs = experience.ref_logprobs if self._config.algorithm.kl.in_loss else []
             done = await self._roles.policy.call(
                 PolicyActor.train,
+            self._state.moments,
                 iteration,
                 experience.rollouts,
+    def _counted(self, iteration: int) -> dict[str, float]:
+        """What was counted while an iteration was generated; 0 is said too of what can be counted at all."""
+        rewards = self._config.reward_roles
+        over_text = [name for name, reward in rewards.items() if reward.kind != "model"]
+        counts = {f"reward/{name}/{what}": 0 for name in over_text for what in ("failed", "retried")}
+        if over_text or self._config.online.max_redraws:
+            counts[DROPPED] = 0
+        return {name: float(count) for name, count in (counts | self._counts.pop(iteration, Counter())).items()}
+
                 [credit],
                 ref_logprobs,
                 self._state.kl.coefficient,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from actors.credit import CreditReport
 from actors.critic import CriticActor
 from actors.policy import PolicyActor
 from algorithms.kl import KLController
+from algorithms.moments import RunningMoments
 from experience.ledger import Ledger, PromptState
 from experience.table import open_table, write_table
 from launch.buffered import buffered_prompts, keep_buffered
@@ -50,7 +51,7 @@ class TextPlace:
 
 
 class OnlineState:
-    """The iteration, the KL coefficient, the place in the data, and the ledger.
+    """The iteration, the KL coefficient, the place in the data, the ledger, and moments of the scores.
 
     ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps the
     samples that stand ready for training, and the cursor of the first draw with a prompt that is neither ready nor
@@ -70,6 +71,7 @@ class OnlineState:
         kl: KLController,
         ledger: Ledger,
         pretraining: TextPlace | None = None,
+        moments: Mapping[str, RunningMoments] | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -83,6 +85,8 @@ class OnlineState:
         self.ledger = ledger
         #: None until text is first mixed in.
         self.pretraining = pretraining
+        #: The running ones that scores are normalised by, by the names of their shapings.
+        self.moments = dict(moments or {})
 
     @classmethod
     def begin(cls, config: OnlineRunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
@@ -114,6 +118,7 @@ class OnlineState:
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
             pretraining=None if (text := saved["pretraining"]) is None else TextPlace(**text),
+            moments={name: RunningMoments(**numbers) for name, numbers in saved["moments"].items()},
         )
         state.buffered = checkpoint / BUFFER_FOLDER if ready else None
         return state
@@ -184,6 +189,7 @@ class OnlineState:
             "kl_coefficient": self.kl.coefficient,
             "buffered": sorted(ready),
             "pretraining": None if self.pretraining is None else asdict(self.pretraining),
+            "moments": {name: asdict(moments) for name, moments in self.moments.items()},
         }
         with self._store.writing(self.iteration) as folder:
             saving = [roles.policy.call(PolicyActor.save, folder / "policy")]

@@ -25,9 +25,9 @@ UNNAMED = "reward"
 #: What a reward cannot be called: the other roles, and what scores travel beside.
 OTHER_NAMES = frozenset(
     {"policy", "critic", "reference", "reward", "rollout", "baseline", "credit", "source", "pretraining_source"}
-    | {"environment", "evaluation", "safety_prompts"}
+    | {"environment", "evaluation", "safety_prompts", "score"}
 )
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -53,7 +53,7 @@ def rewards_are_there(reward: AnyReward | None, rewards: dict[str, AnyReward]) -
     for name in rewards:
         if name in OTHER_NAMES:
             yield Problem(f"rewards.{name}", f"{name} is the name of something else in a run", "another name")
-        elif not _NAME.fullmatch(name) or f"{name}_std" in rewards:
+        elif not NAME.fullmatch(name) or f"{name}_std" in rewards:
             right = "small letters, digits and _; `_std` is added to it for what is logged"
             yield Problem(f"rewards.{name}", f"{name!r} cannot be the name of a reward", right)
 
@@ -100,7 +100,7 @@ def columns_are_kept(
     data: DataConfig, reward: AnyReward | None, rewards: dict[str, AnyReward], total: TotalConfig
 ) -> Iterator[Problem]:
     """Columns of the prompts' rows that rewards are known to ask for are kept."""
-    wanted = {where: _columns_of(one) for where, one in by_place(reward, rewards).items()}
+    wanted = {where: columns_of(one) for where, one in by_place(reward, rewards).items()}
     if isinstance(total.combine, PiecewiseConfig) and total.combine.tag_column is not None:
         wanted["total.combine.tag_column"] = {total.combine.tag_column}
     for where, columns in wanted.items():
@@ -109,7 +109,8 @@ def columns_are_kept(
             yield Problem(where, f"needs the column {column!r} of the prompts' rows", f"data.keep_columns: [{kept}]")
 
 
-def _columns_of(reward: AnyReward) -> set[str]:
+def columns_of(reward: AnyReward) -> set[str]:
+    """Columns of the prompts' rows that a reward is known to ask for."""
     match reward:
         case CheckerRewardConfig(check=check):
             return {check.column} if hasattr(check, "column") else set()

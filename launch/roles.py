@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
-from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardConfig, TrainedRoleConfig
+from actors.config import CriticConfig, PolicyConfig, ReferenceConfig, TrainedRoleConfig
 from actors.credit import CreditActor
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
 from actors.reference import DataReferenceActor, ReferenceActor
 from actors.reward import RewardActor
+from actors.rewards.actor import TextRewardActor
+from actors.rewards.config import JudgeRewardConfig, ModelRewardConfig
 from actors.rollout import RolloutActor, engine_environment
 from actors.source import SourceActor
 from cluster.config import PlacementConfig
@@ -31,8 +33,9 @@ from launch.config import (
     SupervisedRunConfig,
 )
 from launch.devices import runs_on_gpu
-from launch.paths import resolve_data, resolve_model
+from launch.paths import resolve_data, resolve_model, resolve_reward
 from launch.publish import adapter_rank, weight_transfer
+from launch.settings import checker_role
 from launch.tasks import task_group
 
 #: Added to the run's seed. With the policy's own, a baseline would be drawn with the very randomness of the sample that
@@ -40,7 +43,11 @@ from launch.tasks import task_group
 BASELINE_SEED = 1_000_003
 
 T = TypeVar("T")
-RoleT = TypeVar("RoleT", TrainedRoleConfig, PolicyConfig, CriticConfig, ReferenceConfig, RewardConfig)
+RoleT = TypeVar("RoleT", TrainedRoleConfig, PolicyConfig, CriticConfig, ReferenceConfig)
+#: Their methods are coroutines.
+ASYNC_ROLES = (RolloutActor, TextRewardActor)
+#: Either kind of reward: of a reward model, or over text.
+RewardGroup = RoleGroup[RewardActor] | RoleGroup[TextRewardActor]
 
 
 class Start(Protocol):
@@ -75,11 +82,12 @@ class OnlineRoles:
     policy: RoleGroup[PolicyActor]
     critic: RoleGroup[CriticActor] | None
     reference: RoleGroup[ReferenceActor] | None
-    reward: RoleGroup[RewardActor]
+    rewards: Mapping[str, RewardGroup]
     rollout: RoleGroup[RolloutActor]
     credit: RoleGroup[CreditActor]
     baseline: RoleGroup[RolloutActor] | None = None
     pretraining_source: RoleGroup[SourceActor] | None = None
+    checkers: Mapping[str, RoleGroup[TextRewardActor]] = field(default_factory=dict)
 
 
 @asynccontextmanager
@@ -119,7 +127,7 @@ def _source_args(config: LearnerRunConfig) -> tuple[object, ...]:
 @asynccontextmanager
 async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[OnlineRoles]:
     """Place and start the roles of an online run, all at the same time; end them on the way out."""
-    policy, reward = _resolved(config.policy), _resolved(config.reward)
+    policy = _resolved(config.policy)
     critic = None if config.critic is None else _resolved(config.critic)
     reference = None if config.reference is None else _resolved(config.reference)
     sampling, algorithm, seed = config.rollout.sampling, config.algorithm, config.run.seed
@@ -147,21 +155,45 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
                 valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))
             if reference is not None:
                 referred = starting.create_task(start(ReferenceActor, "reference", (reference, sampling)))
-            rewarded = starting.create_task(start(RewardActor, "reward", (reward, policy.model)))
+            rewarded = {name: starting.create_task(_start_reward(config, name, start)) for name in config.reward_roles}
+            checkers = {} if config.evaluation is None else config.evaluation.checkers
+            checked = {
+                name: starting.create_task(
+                    start(TextRewardActor, checker_role(name), (resolve_reward(checker), policy.model))
+                )
+                for name, checker in checkers.items()
+            }
             engine_args = (rollout, policy.model, seed, adapter_rank(policy, rollout))
             rolled_out = starting.create_task(start(RolloutActor, "rollout", engine_args))
-            credited = starting.create_task(start(CreditActor, "credit", (algorithm, sampling.max_response_tokens)))
+            scored = (sampling.max_response_tokens, tuple(config.reward_roles), config.total)
+            credited = starting.create_task(start(CreditActor, "credit", (algorithm, *scored)))
+        rewards = {name: reward.result() for name, reward in rewarded.items()}
+        checking = {name: checker.result() for name, checker in checked.items()}
         yield OnlineRoles(
             source.result(),
             learned.result(),
             valued.result() if valued is not None else None,
             referred.result() if referred is not None else None,
-            rewarded.result(),
+            rewards,
             rolled_out.result(),
             credited.result(),
             compared.result() if compared is not None else None,
             mixed_in.result() if mixed_in is not None else None,
+            checking,
         )
+        # After a failure their processes are killed, and what they started ends with them.
+        for name, group in rewards.items():
+            if config.reward_roles[name].kind != "model":
+                await cast(RoleGroup[TextRewardActor], group).call(TextRewardActor.shutdown)
+        for checker in checking.values():
+            await checker.call(TextRewardActor.shutdown)
+
+
+async def _start_reward(config: OnlineRunConfig, name: str, start: Start) -> RewardGroup:
+    reward, model = resolve_reward(config.reward_roles[name]), resolve_model(config.policy.model)
+    if isinstance(reward, ModelRewardConfig):
+        return await start(RewardActor, name, (reward, model))
+    return await start(TextRewardActor, name, (reward, model))
 
 
 @asynccontextmanager
@@ -172,14 +204,14 @@ async def _starter(
     placement = await place(plan_bundles(wanted, config.cluster.accelerator_resource), config.cluster)
 
     async def start(role_class: Callable[..., T], role: str, args: Sequence[object]) -> RoleGroup[T]:
-        generates = role in ("rollout", "baseline")
+        generates = role in ("rollout", "baseline") or isinstance(wanted[role], JudgeRewardConfig)
         spec = RoleSpec(
             role,
             wanted[role],
             config.run.seed,
             log_dir,
             environment=engine_environment(runs_on_gpu(wanted[role], config.cluster)) if generates else {},
-            is_async=generates,
+            is_async=role_class in ASYNC_ROLES,
         )
         return await RoleGroup.start(role_class, spec, placement, config.cluster, args)
 

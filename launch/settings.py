@@ -80,3 +80,7 @@ class OnlineSettings(FrozenConfig):
     scoring_batch_size: PositiveInt = Field(
         64, description="Samples that are scored together as soon as that many are generated."
     )
+    max_failed_redraws: PositiveInt = Field(
+        8, description="A prompt whose samples could not be scored is dropped, and another drawn in its place, at most "
+        "so many times a place; then the run ends: the reward is down."
+    )

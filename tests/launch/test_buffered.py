@@ -34,7 +34,7 @@ def chunk(iteration: int, *prompt_ids: int) -> ChunkState:
 )
 def test_whole_iterations_are_kept_without_a_gap(chunks: list[ChunkState], kept: set[int]) -> None:
     state = BufferState(version=3, batch_rows=4, chunks=chunks)
-    payloads = [Scored(number, [], [], [], []) for number in range(len(chunks))]
+    payloads = [Scored(number, [], [], {}, []) for number in range(len(chunks))]
     whole, of_it = complete_iterations(state, payloads)
     assert buffered_prompts(whole) == kept
     assert [chunks[payload.rollout] for payload in of_it] == whole["chunks"]

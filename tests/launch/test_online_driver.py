@@ -5,9 +5,12 @@ Credit is assigned by the real role; a batch stands for the reference to it.
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import pyarrow as pa
@@ -15,18 +18,24 @@ import pytest
 
 from actors.credit import CreditActor
 from actors.reports import ColumnInfo, TrainReport
+from actors.rewards.actor import RewardInfo, SampleFailure
+from actors.rewards.rows import kept_columns
 from actors.rollout import RolloutInfo
 from actors.source import BatchInfo
 from algorithms.kl import KLController
 from cluster.context import RankContext
+from experience.buffer import BufferState, ChunkState
 from experience.ledger import Ledger, PromptState
 from experience.schema import PROMPTS, ROLLOUT, SCORES, make_batch
 from experience.turns import one_turn_each
 from launch import online
+from launch.buffered import Scored, keep_buffered, read_buffered
 from launch.checkpoint import CheckpointStore
 from launch.config import OnlineRunConfig
 from launch.configfile import load
-from launch.online import NO_SIGNAL, OnlineDriver
+from launch.errors import RewardsDown
+from launch.labelling import NO_SIGNAL
+from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.roles import OnlineRoles
 from launch.stopping import StopRequest
@@ -62,7 +71,7 @@ class Source:
     def next_batch(self, cursor: str, num_rows: int) -> tuple[pa.RecordBatch, BatchInfo]:
         ids = list(range(int(cursor), int(cursor) + num_rows))
         tokens = [[1, 2 + prompt % 5] for prompt in ids]
-        none = {"source": [""] * num_rows, "columns": ["{}"] * num_rows}
+        none = {"source": [""] * num_rows, "columns": [json.dumps({"even": 1 - prompt % 2}) for prompt in ids]}
         batch = make_batch(PROMPTS, {"prompt_id": ids, "tokens": tokens, **none})
         return batch, BatchInfo(num_rows, 2 * num_rows, tuple(ids), (2,) * num_rows, str(ids[-1] + 1))
 
@@ -112,6 +121,37 @@ class Reward:
 
 
 class Policy:
+class KeepingSource:
+    """Keeps bytes for batches."""
+
+    def keep(self, parts: list[bytes], path: Path) -> None:
+        path.write_bytes(b"".join(parts))
+
+    def kept(self, path: Path) -> tuple[bytes, int]:
+        return path.read_bytes(), 0
+
+
+def chunk_state() -> ChunkState:
+    return ChunkState(iteration=0, prompt_ids=[0], num_rows=2, num_tokens=4, oldest_version=0, newest_version=0)
+
+
+class TextReward:
+    """A score by the parity of the row's column; what ``fails`` has none. Its second sample is one that was retried."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        self.fails = fails
+
+    def score(self, rollouts: list[pa.RecordBatch], prompts: list[pa.RecordBatch]) -> tuple[pa.RecordBatch, RewardInfo]:
+        columns = kept_columns(prompts)
+        rows = [row for batch in rollouts for row in batch.to_pylist()]
+        failed = [row for row in rows if self.fails(row["prompt_id"]) and row["sample_id"] % 2]
+        failures = tuple(SampleFailure(row["sample_id"], row["prompt_id"], "raised", "", True) for row in failed)
+        scores = [math.nan if row in failed else 10.0 * columns[row["prompt_id"]]["even"] for row in rows]
+        ids = [row["sample_id"] for row in rows]
+        info = RewardInfo(len(rows), 0, 0.0, failures, {"raised": 3 * len(failures)}, 2 * len(failures))
+        return make_batch(SCORES, {"sample_id": ids, "score": scores}), info
+
+
     """Keeps what it is trained on."""
 
     def __init__(self) -> None:
@@ -143,7 +183,15 @@ class Recorder:
 class Run:
     """A run over stand-ins."""
 
-    def __init__(self, tmp_path: Path, name: str, flat: Callable[[int], bool], **online_settings: int) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        name: str,
+        flat: Callable[[int], bool],
+        *words: str,
+        rewards: Mapping[str, Any] = MappingProxyType({}),
+        **online_settings: int,
+    ) -> None:
         num_samples = 1 if name == "remax" else 2
         changes = {"batch_size": NUM_PROMPTS * num_samples, "scoring_batch_size": 2 * num_samples, **online_settings}
         config = load(
@@ -154,19 +202,21 @@ class Run:
                 f"rollout.sampling.samples_per_prompt={num_samples}",
                 *(f"online.{key}={value}" for key, value in changes.items()),
             ],
+                *words,
         )
         assert isinstance(config, OnlineRunConfig)
         self.config, self.store = config, CheckpointStore(tmp_path / "checkpoints", keep=9)
         context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", 1, None, 0)
         sampling = config.rollout.sampling
         self.engine, self.policy, self.recorder = Engine(num_samples), Policy(), Recorder()
-        credit = CreditActor(context, config.algorithm, sampling.max_response_tokens)
+        scored = (sampling.max_response_tokens, tuple(config.reward_roles), config.total)
+        credit = CreditActor(context, config.algorithm, *scored)
         self.roles = OnlineRoles(
             source=cast(Any, Group(Source())),
             policy=cast(Any, Group(self.policy)),
             critic=None,
             reference=None,
-            reward=cast(Any, Group(Reward(flat))),
+            rewards=cast(Any, {name: Group(rewards.get(name) or Reward(flat)) for name in config.reward_roles}),
             rollout=cast(Any, Group(self.engine)),
             credit=cast(Any, Group(credit)),
         )
@@ -245,3 +295,86 @@ def test_after_a_resume_what_is_done_with_is_passed_over(tmp_path: Path) -> None
     assert state.drawn(source.next_batch("4", 4)[1]) == [0, 1, 2, 3]
     assert state.drawn(source.next_batch(state.cursor, 3)[1]) == [1, 2]
     assert ledger.prompts(PromptState.DRAWN) == [4, 5, 6, 7, 9, 10]
+
+
+TWO_REWARDS = (
+    "reward=null",
+    "rewards={scored: {kind: model, model: {path: x}, max_tokens_per_pack: 512}, even: {kind: function, path: 'a:b'}}",
+    "total.combine={kind: linear, weights: {scored: 1, even: 0.5}}",
+    "total.shaping={scale: {kind: normalise, by: running}}",
+)
+
+
+async def test_prompts_that_a_reward_failed_on_are_replaced_and_its_scores_are_added(tmp_path: Path) -> None:
+    even = TextReward(lambda prompt: prompt in (1, 2, 9))
+    run = Run(tmp_path, "dr_grpo", lambda prompt: False, *TWO_REWARDS, rewards={"even": even})
+    await run.drive()
+    trained = [prompt for prompts in run.policy.prompts for prompt in prompts]
+    assert sorted(trained) == [prompt for prompt in range(15) if prompt not in (1, 2, 9)]
+    assert [len(prompts) for prompts in run.policy.prompts] == [NUM_PROMPTS] * 3
+    balance = run.state.ledger.balance()
+    assert balance.dropped == {"reward raised": 3} and balance.balances and balance.consumed == 12
+    rows = run.recorder.rows
+    for name, total in {
+        "experience/dropped_prompts": 3, "dropped/reward_raised": 3, "reward/even/failed": 3,
+        "reward/even/failed_raised": 3, "reward/even/retried": 6,
+    }.items():
+        assert sum(row.get(name, 0) for row in rows) == total, name
+    assert all("reward/even/failed" in row and "reward/scored/failed" not in row for row in rows)
+    for row, prompts in zip(rows, run.policy.prompts, strict=True):
+        even = sum(10.0 * (1 - prompt % 2) for prompt in prompts) / NUM_PROMPTS
+        assert row["reward/scored"] == 0.5 and row["reward/even"] == even
+        assert row["reward/combined"] == row["experience/score"] == 0.5 + 0.5 * even
+    # Moments are of all scores of the run, and in its checkpoint.
+    assert run.state.moments["scale"].count == 24
+    again = OnlineState.read(run.config, run.store, run.store.latest() or tmp_path)
+    assert again.moments == run.state.moments
+
+
+async def test_with_redraws_of_both_kinds(tmp_path: Path) -> None:
+    """Failed prompts are none of those without signal, and neither counts for the other's bound."""
+    run = Run(
+        tmp_path,
+        "dr_grpo",
+        lambda prompt: prompt % 3 == 0,
+        *TWO_REWARDS,
+        rewards={"even": TextReward(lambda prompt: prompt % 3 == 1)},
+        max_redraws=9,
+        max_failed_redraws=9,
+    )
+    await run.drive()
+    assert sorted(prompt for prompts in run.policy.prompts for prompt in prompts) == list(range(2, 36, 3))
+    balance = run.state.ledger.balance()
+    assert balance.dropped == {NO_SIGNAL: 12, "reward raised": 12} and balance.balances
+
+
+async def test_a_reward_that_is_down_ends_the_run(tmp_path: Path) -> None:
+    even = TextReward(lambda prompt: prompt > 5)
+    run = Run(
+        tmp_path, "dr_grpo", lambda prompt: False, *TWO_REWARDS, rewards={"even": even}, max_failed_redraws=3
+    )
+    with pytest.raises(RewardsDown, match=r"was dropped \(reward raised\), and so were 3 before it in its place"):
+        await run.drive()
+    assert run.state.iteration == 1
+
+
+async def test_a_prompt_whose_baseline_could_not_be_scored_is_replaced(tmp_path: Path) -> None:
+    """The greedy response is scored by the same rewards; sample numbers of one sample a prompt are the prompts'."""
+    even = "rewards={even: {kind: function, path: 'a:b'}}"
+    run = Run(
+        tmp_path, "remax", lambda prompt: False, "reward=null", even, rewards={"even": TextReward(lambda at: at == 3)}
+    )
+    await run.drive()
+    assert sorted(prompt for prompts in run.policy.prompts for prompt in prompts) == [*range(3), *range(4, 13)]
+    assert [a for batch in run.policy.advantages for a in batch] == [0.0] * 12
+
+
+async def test_scores_that_stand_ready_are_kept_by_name(tmp_path: Path) -> None:
+    source = Group(KeepingSource())
+    scores = {"scored": [b"a", b"b"], "even": [b"c"]}
+    payload = Scored(cast(Any, b"rollout"), [], [], cast(Any, scores), [])
+    state = BufferState(version=0, batch_rows=2, chunks=[chunk_state()])
+    await keep_buffered(cast(Any, source), state, [payload], tmp_path)
+    read, [again] = await read_buffered(cast(Any, source), tmp_path)
+    assert read == state and again.rollout == b"rollout" and again.ref_logprobs == []
+    assert again.scores == {"even": [b"c"], "scored": [b"ab"]}
