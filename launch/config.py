@@ -33,7 +33,7 @@ from data.formats import Kind
 from launch.errors import RuleViolations
 from launch.reward_rules import by_role
 from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, reference_is_of_use, violations
-from launch.settings import NormaliseSettings, OnlineSettings, RunSettings
+from launch.settings import EvaluationSettings, NormaliseSettings, OnlineSettings, RunSettings, checker_role
 
 __all__ = [
     "AnyLearnerRunConfig",
@@ -188,6 +188,10 @@ class OnlineRunConfig(BaseRunConfig):
         None, description="Engines that keep the weights that the policy began with, and answer each prompt once; "
         "where the algorithm compares with them (initial_baseline), and only there."
     )
+    evaluation: EvaluationSettings | None = Field(
+        None, description="Answering held-out prompts (`data.heldout` or `data.heldout_fraction`) at intervals. None: "
+        "nothing is evaluated."
+    )
     pretraining_data: DataConfig | None = Field(
         None, description="Text that the policy goes on learning beside its samples (PPO-ptx), as `pretrain` reads it."
     )
@@ -195,7 +199,9 @@ class OnlineRunConfig(BaseRunConfig):
     def placements(self) -> dict[str, PlacementConfig]:
         """The placement of every role of the run, by the role's name."""
         more = {} if self.pretraining_data is None else {"pretraining_source": SMALL_ROLE}
-        return super().placements() | self.rewards | more
+        checkers = {} if self.evaluation is None else self.evaluation.checkers
+        checking = {checker_role(name): checker for name, checker in checkers.items()}
+        return super().placements() | self.rewards | more | checking
 
     @property
     def reward_roles(self) -> dict[str, AnyReward]:

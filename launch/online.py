@@ -38,12 +38,14 @@ from experience.buffer import Batch, BufferClosed, Chunk, ChunkInfo, Slot, Versi
 from launch.buffered import Scored, complete_iterations, read_buffered
 from launch.config import OnlineRunConfig
 from launch.errors import RewardsDown
+from launch.evaluation import Evaluation
 from launch.fleet import Generated, RolloutFleet
 from launch.labelling import NO_SIGNAL, Labelling
 from launch.online_state import OnlineState, TextPlace
 from launch.publish import publish_weights
 from launch.recorder import Recorder, Stopwatch
 from launch.roles import OnlineRoles
+from launch.rundir import RunDir
 from launch.stopping import StopRequest
 from launch.tasks import task_group
 
@@ -84,9 +86,6 @@ class _Prompts:
     ids: list[int]
 
 
-class OnlineDriver:
-    """Runs an online algorithm over its roles until the configured iteration, or until asked to stop."""
-
 @dataclass(frozen=True)
 class _Redraws:
     """How often a place in a batch was filled anew."""
@@ -95,6 +94,9 @@ class _Redraws:
     failed: int = 0
 
 
+class OnlineDriver:
+    """Runs an online algorithm over its roles until the configured iteration, or until asked to stop."""
+
     def __init__(
         self,
         config: OnlineRunConfig,
@@ -102,15 +104,18 @@ class _Redraws:
         state: OnlineState,
         recorder: Recorder,
         stop: StopRequest,
-        experience_dir: Path,
+        run_dir: RunDir,
     ) -> None:
         self._config = config
         self._roles = roles
         self._state = state
         self._recorder = recorder
         self._stop = stop
-        self._experience_dir = experience_dir
+        self._run_dir = run_dir
         self._labelling = Labelling(config, roles, recorder)
+        self._evaluation = None
+        if (settings := config.evaluation) is not None:
+            self._evaluation = Evaluation(config, settings, roles, self._labelling, run_dir.evaluation)
         self._drawing = asyncio.Lock()
         self._score_names = score_names(tuple(config.reward_roles), config.total)
         #: Metrics that add up while an iteration is generated, by iteration.
@@ -230,6 +235,10 @@ class _Redraws:
 
     async def _consume(self) -> None:
         state, saved = self._state, False
+        if evaluated := await self._evaluate():
+            self._recorder.evaluation(state.iteration, evaluated, "evaluation")
+            if state.evaluation.best_is_of(state.iteration):
+                await self._save()
         while not state.finished and not self._stop.requested:
             watch = Stopwatch()
             batch = await self._buffer.take()
@@ -244,16 +253,31 @@ class _Redraws:
             watch.lap("train_and_publish")
             state.consumed(batch.prompt_ids)
             state.adapt_kl(credit_report)
+            state.moments = dict(credit_report.moments)
             self._buffer.release(state.iteration)
+            if evaluated := await self._evaluate():
+                watch.lap("evaluate")
             if saved := state.checkpoint_due():
                 await self._save()
                 watch.lap("checkpoint")
             extra = {**credit_report.metrics, "kl_coefficient": credit_report.kl_coefficient}
             extra |= self._counted(batch.iteration)
             self._recorder.training(state.iteration, reports, extra, watch)
+            if evaluated:
+                self._recorder.evaluation(state.iteration, evaluated, "evaluation")
         if not saved:  # it was stopped, maybe before the first iteration
             await self._save()
-            state.moments = dict(credit_report.moments)
+
+    async def _evaluate(self) -> dict[str, float]:
+        """What held-out responses with the weights of now are worth; nothing where that is not due.
+
+        A run that is to stop before its end leaves it to the one that goes on.
+        """
+        if self._evaluation is None or not self._evaluation.due(self._state):
+            return {}
+        if self._stop.requested and not self._state.finished:
+            return {}
+        return await self._evaluation.run(self._state)
 
     async def _save(self) -> None:
         await self._state.save(self._roles, *complete_iterations(*self._buffer.export()))
@@ -271,7 +295,17 @@ class _Redraws:
             self._state.kl.coefficient,
             self._state.iteration,
             self._experience_file(),
+            self._state.moments,
         )
+
+    def _counted(self, iteration: int) -> dict[str, float]:
+        """What was counted while an iteration was generated; 0 is said too of what can be counted at all."""
+        rewards = self._config.reward_roles
+        over_text = [name for name, reward in rewards.items() if reward.kind != "model"]
+        counts = {f"reward/{name}/{what}": 0 for name in over_text for what in ("failed", "retried")}
+        if over_text or self._config.online.max_redraws:
+            counts[DROPPED] = 0
+        return {name: float(count) for name, count in (counts | self._counts.pop(iteration, Counter())).items()}
 
     async def _train_and_publish(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
         """One iteration of the trained roles, at the same time, each on its own ranks.
@@ -296,18 +330,8 @@ class _Redraws:
             ref_logprobs = experience.ref_logprobs if self._config.algorithm.kl.in_loss else []
             done = await self._roles.policy.call(
                 PolicyActor.train,
-            self._state.moments,
                 iteration,
                 experience.rollouts,
-    def _counted(self, iteration: int) -> dict[str, float]:
-        """What was counted while an iteration was generated; 0 is said too of what can be counted at all."""
-        rewards = self._config.reward_roles
-        over_text = [name for name, reward in rewards.items() if reward.kind != "model"]
-        counts = {f"reward/{name}/{what}": 0 for name in over_text for what in ("failed", "retried")}
-        if over_text or self._config.online.max_redraws:
-            counts[DROPPED] = 0
-        return {name: float(count) for name, count in (counts | self._counts.pop(iteration, Counter())).items()}
-
                 [credit],
                 ref_logprobs,
                 self._state.kl.coefficient,
@@ -340,7 +364,7 @@ class _Redraws:
     def _experience_file(self) -> Path | None:
         if not self._config.run.keep_experience:
             return None
-        return self._experience_dir / f"iteration_{self._state.iteration:06d}.arrow"
+        return self._run_dir.experience / f"iteration_{self._state.iteration:06d}.arrow"
 
 
 def _chunk_info(slot: Slot, info: RolloutInfo) -> ChunkInfo:

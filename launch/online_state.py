@@ -19,6 +19,7 @@ from algorithms.moments import RunningMoments
 from experience.ledger import Ledger, PromptState
 from experience.table import open_table, write_table
 from launch.buffered import buffered_prompts, keep_buffered
+from launch.evaluation_state import EvaluationState, write_best
 
 if TYPE_CHECKING:
     from actors.source import BatchInfo, SourceDescription
@@ -71,6 +72,7 @@ class OnlineState:
         kl: KLController,
         ledger: Ledger,
         pretraining: TextPlace | None = None,
+        evaluation: EvaluationState | None = None,
         moments: Mapping[str, RunningMoments] | None = None,
     ) -> None:
         self._config = config
@@ -85,6 +87,8 @@ class OnlineState:
         self.ledger = ledger
         #: None until text is first mixed in.
         self.pretraining = pretraining
+        #: The last evaluation, and the best.
+        self.evaluation = evaluation or EvaluationState()
         #: The running ones that scores are normalised by, by the names of their shapings.
         self.moments = dict(moments or {})
 
@@ -118,6 +122,7 @@ class OnlineState:
             kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
             pretraining=None if (text := saved["pretraining"]) is None else TextPlace(**text),
+            evaluation=EvaluationState.from_json(saved["evaluation"]),
             moments={name: RunningMoments(**numbers) for name, numbers in saved["moments"].items()},
         )
         state.buffered = checkpoint / BUFFER_FOLDER if ready else None
@@ -168,7 +173,8 @@ class OnlineState:
     def checkpoint_due(self) -> bool:
         """A checkpoint belongs after the iteration that was last done."""
         period = self._config.run.checkpoint_every
-        return self.finished or bool(period and self.iteration % period == 0)
+        scheduled = self.finished or bool(period and self.iteration % period == 0)
+        return scheduled or self.evaluation.best_is_of(self.iteration)
 
     async def save(self, roles: OnlineRoles, buffer: BufferState, payloads: Sequence[Scored]) -> None:
         """Write a checkpoint: the trained roles' ranks their states, this process its own. The books must balance.
@@ -189,9 +195,11 @@ class OnlineState:
             "kl_coefficient": self.kl.coefficient,
             "buffered": sorted(ready),
             "pretraining": None if self.pretraining is None else asdict(self.pretraining),
+            "evaluation": self.evaluation.to_json(),
             "moments": {name: asdict(moments) for name, moments in self.moments.items()},
         }
-        with self._store.writing(self.iteration) as folder:
+        best = self.evaluation.best
+        with self._store.writing(self.iteration, best=None if best is None else best.iteration) as folder:
             saving = [roles.policy.call(PolicyActor.save, folder / "policy")]
             if roles.critic is not None:
                 saving.append(roles.critic.call(CriticActor.save, folder / "critic"))
@@ -199,6 +207,8 @@ class OnlineState:
             await keep_buffered(roles.source, buffer, payloads, folder / BUFFER_FOLDER)
             write_table(pa.Table.from_batches([ledger]), folder / LEDGER_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state))
+        if best is not None:
+            write_best(best, self._store.of(best.iteration))
 
 
 def _unfinished_requeued(file: Path, ready: set[int]) -> Ledger:

@@ -17,6 +17,7 @@ from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.devices import model_role_problems, runs_on_gpu
 from launch.errors import Problem
+from launch.evaluation_rules import EVALUATION_RULES
 from launch.online_rules import ROLE_RULES
 from launch.reward_rules import REWARD_RULES, by_place
 from launch.settings import OnlineSettings, RunSettings
@@ -313,6 +314,7 @@ def _in_words(role: PlacementConfig) -> str:
 
 ONLINE_RULES: tuple[Rule, ...] = (
     *ROLE_RULES,
+    *EVALUATION_RULES,
     *REWARD_RULES,
     batches_divide,
     minibatches_divide,

@@ -24,7 +24,7 @@ from launch.progress import Progress
 from launch.publish import publish_weights
 from launch.recorder import Recorder
 from launch.reference_pass import score_by_learner, score_by_role
-from launch.roles import online_roles, reference_roles, supervised_roles
+from launch.roles import OnlineRoles, online_roles, reference_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
 from launch.supervised import SupervisedDriver
@@ -118,14 +118,28 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
                 loading.append(roles.critic.call(CriticActor.load, checkpoint / "critic"))
             await asyncio.gather(*loading)
         with _recording(config, run_dir, state.num_iterations, state.iteration) as recorder:
-            stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir.experience).run()
+            stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir).run()
         if not stopped:
             await roles.policy.call(PolicyActor.export, run_dir.model)
             if config.policy.ema_decay is not None:
                 await roles.policy.call(PolicyActor.export_average, run_dir.ema)
             if config.policy.tuning.has_adapter:
                 await roles.policy.call(PolicyActor.export_adapter, run_dir.adapter)
+            if (best := state.evaluation.best) is not None:
+                await _export_best(roles, store.of(best.iteration), run_dir.best)
     return RunResult(run_dir.path, state.iteration, stopped)
+
+
+async def _export_best(roles: OnlineRoles, checkpoint: Path, place: Path) -> None:
+    """Export the model of the best checkpoint; the policy has its weights from then on.
+
+    Raises:
+        CheckpointError: somebody has removed the checkpoint.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}, the best checkpoint, is gone, so that its model cannot be exported")
+    await roles.policy.call(PolicyActor.load, checkpoint / "policy")
+    await roles.policy.call(PolicyActor.export, place)
 
 
 def require_same_data(fingerprint: str, description: SourceDescription, checkpoint: Path) -> None:

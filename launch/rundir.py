@@ -3,8 +3,7 @@
     config.yaml     the resolved configuration
     metrics.jsonl   one object a step; tensorboard/ holds the same as events
     logs/           one file for each rank of each role
-    checkpoints/    step-00000010/, written whole or not at all
-    best.json       which checkpoint is the best, by which metric, where evaluation.best_by is set
+    checkpoints/    step-00000010/, written whole or not at all; best.json names the best, where one is looked for
     experience/     iteration_000003.arrow, where run.keep_experience is on
     evaluation/     iteration_000003.arrow: responses to held-out prompts, with their scores
     model/          the trained model in Hugging Face form, at the end; adapters are merged into it

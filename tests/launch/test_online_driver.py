@@ -38,6 +38,7 @@ from launch.labelling import NO_SIGNAL
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.roles import OnlineRoles
+from launch.rundir import RunDir
 from launch.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,6 @@ class Reward:
         return make_batch(SCORES, {"sample_id": ids, "score": scores}), ColumnInfo(len(rows), 0, 0.0)
 
 
-class Policy:
 class KeepingSource:
     """Keeps bytes for batches."""
 
@@ -152,6 +152,7 @@ class TextReward:
         return make_batch(SCORES, {"sample_id": ids, "score": scores}), info
 
 
+class Policy:
     """Keeps what it is trained on."""
 
     def __init__(self) -> None:
@@ -201,11 +202,12 @@ class Run:
                 "run.num_iterations=3",
                 f"rollout.sampling.samples_per_prompt={num_samples}",
                 *(f"online.{key}={value}" for key, value in changes.items()),
-            ],
                 *words,
+            ],
         )
         assert isinstance(config, OnlineRunConfig)
-        self.config, self.store = config, CheckpointStore(tmp_path / "checkpoints", keep=9)
+        self.config, self.stop, self.run_dir = config, StopRequest(), RunDir(tmp_path)
+        self.store = CheckpointStore(self.run_dir.checkpoints, keep=config.run.keep_checkpoints)
         context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", 1, None, 0)
         sampling = config.rollout.sampling
         self.engine, self.policy, self.recorder = Engine(num_samples), Policy(), Recorder()
@@ -227,7 +229,7 @@ class Run:
 
     async def drive(self) -> None:
         driver = OnlineDriver(
-            self.config, self.roles, self.state, cast(Any, self.recorder), StopRequest(), Path("unused")
+            self.config, self.roles, self.state, cast(Any, self.recorder), self.stop, self.run_dir
         )
         await driver.run()
 
