@@ -68,6 +68,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[
         "actors",
+        "actors.environments",
         "actors.rewards",
         "actors.vllm_engine",
         "algorithms",

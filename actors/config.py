@@ -6,7 +6,7 @@ Each model here configures the class of the same stem in this folder: ``PolicyCo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -240,10 +240,37 @@ class SamplingConfig(FrozenConfig):
     samples_per_prompt: PositiveInt = Field(1, description="Responses drawn for each prompt.")
 
 
+class EnvironmentConfig(FrozenConfig):
+    """What the policy acts upon in turns, instead of giving one response; and what rewards each turn."""
+
+    path: str = Field(
+        description="`package.module:Class` or `path/to/file.py:Class`, a subclass of "
+        "`actors.environments.face.Environment`. It must be found wherever engines run."
+    )
+    options: dict[str, Any] = Field({}, description="Keywords that the class is made with, once for each episode.")
+    max_turns: PositiveInt = Field(description="Turns of the policy in an episode; then it ends with reason `length`.")
+    max_tokens: PositiveInt = Field(
+        description="Longest episode behind the prompt, turns and the environment's words together; one that would "
+        "grow longer ends with reason `length`. A turn alone has at most sampling.max_response_tokens."
+    )
+    timeout_s: PositiveFloat = Field(30.0, description="The longest that one answer of the environment may take.")
+
+    @field_validator("path")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        where, colon, name = value.rpartition(":")
+        if not (where and colon and name):
+            raise ValueError(f"path is {value!r}; write package.module:Class or path/to/file.py:Class")
+        return value
+
+
 class RolloutConfig(PlacementConfig):
     """vLLM engines that generate with the policy's weights: num_nodes * ranks_per_node engines, data parallel."""
 
     sampling: SamplingConfig = Field(description="How responses are drawn.")
+    environment: EnvironmentConfig | None = Field(
+        None, description="Episodes of several turns: `sampling` is then of each turn. None: one response is all."
+    )
     dtype: Dtype | None = Field(None, description="Precision in the engine; none means the policy's.")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs that one engine is spread over.")
     max_model_tokens: PositiveInt | None = Field(
@@ -270,6 +297,17 @@ class RolloutConfig(PlacementConfig):
         "of which travel at each publication; or `adapter`, its frozen weights, sent once, and by vLLM's own LoRA the "
         "adapter, which alone travels then, through shared memory. Sampling is slower with it.",
     )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest that a sample is behind its prompt."""
+        return self.sampling.max_response_tokens if self.environment is None else self.environment.max_tokens
+
+    @property
+    def max_drawn_tokens(self) -> int:
+        """The most tokens of a sample that the policy draws, in all its turns."""
+        longest = self.sampling.max_response_tokens
+        return longest if self.environment is None else min(longest * self.environment.max_turns, self.max_new_tokens)
 
     @field_validator("tensor_parallel_size")
     @classmethod

@@ -10,24 +10,24 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
+import json
 import os
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
 from actors.config import ModelConfig, RolloutConfig, SamplingConfig
+from actors.environments.episodes import Episodes, Prompt, whole_groups
 from actors.errors import EngineDead, RolloutError
+from actors.models import load_tokenizer
+from actors.rollout_rows import Answer, rollout_rows
 from actors.weight_channels import Endpoint, Meeting, SharedBucket, Transfer, WeightMeta, broadcast_info, shared_info
 from actors.weights import SharedSegment, Tally, WeightBucket, WeightManifest, WeightPart, WeightsRefused
 from cluster.context import RankContext
-from experience.schema import PROMPTS, ROLLOUT, check_schema, make_batch
-from experience.turns import one_turn_each
+from experience.schema import PROMPTS, check_schema
 
 if TYPE_CHECKING:
     from actors.vllm_engine.engine import Completion
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _MASK = (1 << 64) - 1
 #: Added to the engine's seed where held-out prompts are answered: their samples have the numbers of others.
 EVALUATION_SEED = 2_000_003
+#: The same, for what an environment draws.
+ENVIRONMENT_SEED = 3_000_017
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class RolloutInfo:
     oldest_version: int
     newest_version: int
     seconds: float
+    #: Prompts that were not answered, and why: their episodes failed. They are in no count.
+    dropped: Mapping[int, str] = field(default_factory=dict)
 
 
 def engine_environment(on_gpu: bool) -> dict[str, str]:
@@ -82,7 +86,8 @@ class RolloutActor:
         With ``adapter_rank`` they are those of the frozen base, once, and the policy's adapter of that rank.
 
         Raises:
-            RolloutError: the engine cannot start, or weights cannot reach it as configured.
+            RolloutError: the engine cannot start, weights cannot reach it as configured, or there is no such
+                environment.
         """
         on_gpu = context.device == "cuda"
         auto: Transfer = "nccl" if on_gpu else "shared_memory"
@@ -111,11 +116,19 @@ class RolloutActor:
         self._parts: tuple[WeightPart, ...] = ("merged",) if adapter_rank is None else ("base", "adapter")
         self._version: int | None = None
         self._num_calls = 0
+        self._episodes: Episodes | None = None
+        if config.environment is not None:
+            self._episodes = Episodes(
+                config.environment, load_tokenizer(model), context_tokens=self._engine.max_model_tokens,
+                max_turn_tokens=config.sampling.max_response_tokens,
+            )
 
     async def generate(
         self, prompts: pa.RecordBatch, rows: list[int], greedy: bool = False
     ) -> tuple[pa.RecordBatch, RolloutInfo]:
         """Answer some rows of a PROMPTS batch: ROLLOUT of ``samples_per_prompt`` rows each, in their order.
+
+        In an environment an answer is an episode. Prompts whose episodes failed are left out, and told in the info.
 
         Args:
             greedy: give the most probable response to each prompt instead, one row each. Samples are numbered as their
@@ -155,29 +168,30 @@ class RolloutActor:
             raise RolloutError("the engine has not been given the policy's weights; publish them first")
         if not rows:
             raise RolloutError("generate was given no rows of its prompts; give it one at least")
-        ids = [prompts.column("prompt_id")[row].as_py() for row in rows]
-        tokens = [prompts.column("tokens")[row].values.to_numpy().tolist() for row in rows]
-        for prompt_id, prompt in zip(ids, tokens, strict=True):
-            self._require_room(prompt_id, len(prompt))
+        wanted = [_prompt(prompts, row) for row in rows]
+        for prompt in wanted:
+            self._require_room(prompt.prompt_id, len(prompt.tokens))
         self._num_calls += 1
         num_each = sampling.samples_per_prompt
         samples = [
-            (prompt_id * num_each + k, prompt_id, prompt)
-            for prompt_id, prompt in zip(ids, tokens, strict=True)
-            for k in range(num_each)
+            replace(prompt, sample_id=prompt.prompt_id * num_each + k) for prompt in wanted for k in range(num_each)
         ]
-        completions = await _all_or_none(self._answer(sampling, seed, *sample) for sample in samples)
-        batch = _rollout(samples, completions)
-        versions = [version for completion in completions for version, _, _ in completion.versions]
+        answer = self._answer if self._episodes is None else self._play
+        pairs = [(prompt.prompt_id, answer(sampling, seed, prompt)) for prompt in samples]
+        answers, failed = await whole_groups(pairs)
+        versions = [
+            version for answer in answers for done in answer.completions for version, _, _ in done.versions
+        ]
         info = RolloutInfo(
-            prompt_ids=tuple(ids),
-            num_samples=len(samples),
-            num_tokens=sum(len(completion.tokens) for completion in completions),
-            oldest_version=min(versions),
-            newest_version=max(versions),
+            prompt_ids=tuple(prompt.prompt_id for prompt in wanted if prompt.prompt_id not in failed),
+            num_samples=len(answers),
+            num_tokens=sum(answer.num_drawn for answer in answers),
+            oldest_version=min(versions, default=self._version),
+            newest_version=max(versions, default=self._version),
             seconds=time.perf_counter() - began,
+            dropped=failed,
         )
-        return batch, info
+        return rollout_rows(answers), info
 
     async def endpoint(self) -> Endpoint:
         """How this engine takes weights."""
@@ -249,6 +263,8 @@ class RolloutActor:
         if num_tokens == 0:
             raise RolloutError(f"prompt {prompt_id} is empty; a prompt is one token at least")
         context, response = self._engine.max_model_tokens, self._config.sampling.max_response_tokens
+        if self._episodes is not None:
+            response = 1  # an episode takes what room there is
         if num_tokens > context - response:
             raise RolloutError(
                 f"prompt {prompt_id} has {num_tokens} tokens; with responses of up to {response} the engine's "
@@ -256,17 +272,35 @@ class RolloutActor:
                 "rollout.max_model_tokens"
             )
 
-    async def _answer(
-        self, sampling: SamplingConfig, seed: int, sample_id: int, prompt_id: int, prompt: Sequence[int]
+    async def _answer(self, sampling: SamplingConfig, seed: int, prompt: Prompt) -> Answer:
+        sampling_seed = sample_seed(seed, prompt.sample_id)
+        name = f"{prompt.sample_id}-{self._call(sampling)}"
+        done = await self._complete(prompt, name, prompt.tokens, sampling, sampling_seed)
+        return Answer.of_one_turn(prompt.sample_id, prompt.prompt_id, prompt.tokens, done)
+
+    async def _play(self, sampling: SamplingConfig, seed: int, prompt: Prompt) -> Answer:
+        assert self._episodes is not None, "asked where there is an environment"
+        name, first = f"{prompt.sample_id}-{self._call(sampling)}", sample_seed(seed, prompt.sample_id)
+
+        async def take_turn(tokens: Sequence[int], turn: int, max_tokens: int) -> Completion:
+            shorter = sampling.model_copy(update={"max_response_tokens": max_tokens})
+            return await self._complete(prompt, f"{name}-{turn}", tokens, shorter, sample_seed(first, turn))
+
+        game = sample_seed(seed + ENVIRONMENT_SEED, prompt.prompt_id)
+        return await self._episodes.play(replace(prompt, seed=game), take_turn)
+
+    def _call(self, sampling: SamplingConfig) -> str:
+        return f"{self._num_calls}-greedy" if sampling.temperature == 0 else str(self._num_calls)
+
+    async def _complete(
+        self, prompt: Prompt, name: str, tokens: Sequence[int], sampling: SamplingConfig, seed: int
     ) -> Completion:
-        params = self._sampling_params(sampling, sample_seed(seed, sample_id))
-        call = f"{self._num_calls}-greedy" if sampling.temperature == 0 else str(self._num_calls)
         try:
-            return await self._engine.generate(f"{sample_id}-{call}", prompt, params)
+            return await self._engine.generate(name, tokens, self._sampling_params(sampling, seed))
         except EngineDead:
             raise
         except RolloutError as error:
-            raise RolloutError(f"prompt {prompt_id}: {error}") from error
+            raise RolloutError(f"prompt {prompt.prompt_id}: {error}") from error
 
 
 def _greedy(sampling: SamplingConfig) -> SamplingConfig:
@@ -274,15 +308,11 @@ def _greedy(sampling: SamplingConfig) -> SamplingConfig:
     return sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0, "samples_per_prompt": 1})
 
 
-async def _all_or_none(answers: Iterable[Coroutine[None, None, Completion]]) -> list[Completion]:
-    """Await all; the first failure ends the others, which would go on drawing for nobody."""
-    tasks = [asyncio.ensure_future(answer) for answer in answers]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _prompt(prompts: pa.RecordBatch, row: int) -> Prompt:
+    """A row of PROMPTS, for no sample yet."""
+    prompt_id, tokens = prompts.column("prompt_id")[row].as_py(), prompts.column("tokens")[row].values
+    columns = json.loads(prompts.column("columns")[row].as_py())
+    return Prompt(-1, prompt_id, tokens.to_numpy().tolist(), columns, seed=0)
 
 
 def sample_seed(seed: int, sample_id: int) -> int:
@@ -292,34 +322,3 @@ def sample_seed(seed: int, sample_id: int) -> int:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
     return (state ^ (state >> 31)) >> 1
-
-
-def _rollout(
-    samples: Sequence[tuple[int, int, Sequence[int]]], completions: Sequence[Completion]
-) -> pa.RecordBatch:
-    prompt_lengths = [len(prompt) for _, _, prompt in samples]
-    lengths = [len(completion.tokens) for completion in completions]
-    parts = [part for (_, _, prompt), done in zip(samples, completions, strict=True) for part in (prompt, done.tokens)]
-    tokens = list(chain.from_iterable(parts))
-    logprobs = list(chain.from_iterable(done.logprobs for done in completions))
-    spans = [span for done in completions for span in done.versions]
-    versions = np.repeat([version for version, _, _ in spans], [end - start for _, start, end in spans])
-    totals = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
-    return make_batch(
-        ROLLOUT,
-        {
-            "sample_id": [sample_id for sample_id, _, _ in samples],
-            "prompt_id": [prompt_id for _, prompt_id, _ in samples],
-            "tokens": _lists(np.array(tokens, dtype=np.int32), totals),
-            "num_prompt_tokens": prompt_lengths,
-            **one_turn_each(prompt_lengths, totals),
-            "rollout_logprobs": _lists(np.array(logprobs, dtype=np.float32), lengths),
-            "policy_versions": _lists(versions.astype(np.int32), lengths),
-            "finish_reason": [done.finish_reason for done in completions],
-        },
-    )
-
-
-def _lists(values: np.ndarray[tuple[int], np.dtype[np.generic]], lengths: Sequence[int]) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

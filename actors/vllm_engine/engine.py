@@ -43,12 +43,16 @@ _LORA_ROOMS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_ADAPTER_RANK)
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished response. ``versions`` are spans ``(version, start, end)`` over its tokens."""
+    """A finished response. ``versions`` are spans ``(version, start, end)`` over its tokens.
+
+    ``num_cached_tokens`` of the prompt were not computed for it: the engine's cache held them.
+    """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     versions: list[tuple[int, int, int]]
     finish_reason: str
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -106,7 +110,8 @@ class Engine:
             raise EngineDead(f"request {request_id} ended {reason}; the engine was shut down, or is broken")
         output = final.outputs[0]
         spans = [(int(span.version), span.start, span.end) for span in output.weight_versions or ()]
-        return Completion(output.token_ids, output.logprobs.logprobs, spans, output.finish_reason)
+        cached = final.num_cached_tokens or 0
+        return Completion(output.token_ids, output.logprobs.logprobs, spans, output.finish_reason, cached)
 
     async def open(self, init_info: dict[str, Any]) -> None:
         """Connect with whoever sends weights, in the way of the engine's ``weight_transfer``. Before any update."""

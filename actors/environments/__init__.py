@@ -1,0 +1,1 @@
+"""Environments that a policy acts upon in turns, behind one face."""

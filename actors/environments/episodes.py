@@ -1,0 +1,200 @@
+"""Episodes: turns of the policy and words of an environment, in turn, until one of the two ends it.
+
+Invariants:
+
+- Every turn is a request of its own, whose prompt is all tokens so far, as they were sampled or given. The engine's
+  prefix cache holds them, so only what is new is computed.
+- The tokens of a sample only grow; nothing is decoded and encoded again.
+- The environment answers every turn, also one that was cut off, so every turn has a reward.
+- An environment that fails fails its episode, with a reason, and never the engine's other episodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from actors.config import EnvironmentConfig
+from actors.environments.face import JSON, Action, Environment, Step, Task, Words
+from actors.errors import RewardError, RolloutError
+from actors.rewards.binding import load_function
+from actors.rollout_rows import Answer, Turn
+
+if TYPE_CHECKING:
+    from actors.vllm_engine.engine import Completion
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+#: Gives tokens so far, the number of the turn and the most tokens it may have; gives the turn.
+TakeTurn = Callable[[Sequence[int], int, int], "Awaitable[Completion]"]
+
+
+class EpisodeFailed(RolloutError):
+    """An environment timed out, raised, or said what cannot be used. ``reason`` is what failures are counted by."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"the environment {reason}: {detail}")
+        self.reason = reason
+
+
+def load_environment(path: str) -> type[Environment]:
+    """The class at ``package.module:Class`` or ``path/to/file.py:Class``.
+
+    Raises:
+        RolloutError: there is none, or it is no ``Environment``.
+    """
+    try:
+        found: object = load_function(path)
+    except RewardError as error:
+        raise RolloutError(f"rollout.environment.path {error}") from error
+    if not isinstance(found, type) or not issubclass(found, Environment):
+        raise RolloutError(
+            f"rollout.environment.path {path}: not an environment; it must be a subclass of "
+            "actors.environments.face.Environment"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an episode is about."""
+
+    sample_id: int
+    prompt_id: int
+    tokens: Sequence[int]
+    columns: Mapping[str, JSON]
+    seed: int
+
+
+class Episodes:
+    """Plays episodes, as many at a time as are asked for.
+
+    Args:
+        tokenizer: the policy's.
+        max_turn_tokens: the longest turn.
+        context_tokens: the longest sample that the engine takes.
+    """
+
+    def __init__(
+        self, config: EnvironmentConfig, tokenizer: Any, *, max_turn_tokens: int, context_tokens: int
+    ) -> None:
+        self._config = config
+        self._make = load_environment(config.path)
+        self._tokenizer = tokenizer
+        self._num_tokens_known = len(tokenizer)
+        self._max_turn_tokens = max_turn_tokens
+        self._context_tokens = context_tokens
+
+    async def play(self, prompt: Prompt, take_turn: TakeTurn) -> Answer:
+        """One sample.
+
+        Raises:
+            EpisodeFailed: the environment failed.
+        """
+        environment = self._made()
+        try:
+            return await self._play(environment, prompt, take_turn)
+        finally:
+            await self._asked(environment.close())
+
+    async def _play(self, environment: Environment, prompt: Prompt, take_turn: TakeTurn) -> Answer:
+        longest = min(self._context_tokens, len(prompt.tokens) + self._config.max_tokens)
+        task = Task(self._text(prompt.tokens), prompt.tokens, prompt.columns, prompt.seed)
+        tokens = [*prompt.tokens, *self._tokens(await self._asked(environment.reset(task)))]
+        if len(tokens) >= longest:
+            raise EpisodeFailed("said too much", f"{len(tokens)} tokens before the first turn, of {longest} in all")
+        num_prompt_tokens, turns, reason = len(tokens), list[Turn](), "length"
+        while True:
+            room = min(self._max_turn_tokens, longest - len(tokens))
+            done = await take_turn(tuple(tokens), len(turns), room)
+            step = await self._asked(environment.step(self._action(done)))
+            turns.append(Turn(len(tokens), done, _reward_of(step)))
+            tokens += done.tokens
+            if step.done:
+                reason = "stop"
+                break
+            words = self._tokens(step.words)
+            if not words:
+                raise EpisodeFailed("said nothing", "though the episode is not over; the policy would speak to itself")
+            if len(turns) == self._config.max_turns or len(tokens) + len(words) >= longest:
+                break
+            tokens += words
+        return Answer(prompt.sample_id, prompt.prompt_id, tokens, num_prompt_tokens, turns, reason)
+
+    def _made(self) -> Environment:
+        try:
+            return self._make(**self._config.options)
+        except Exception as error:  # the user's code raises whatever it likes
+            raise EpisodeFailed("raised", f"{type(error).__name__}: {error}") from error
+
+    async def _asked(self, answer: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(answer, self._config.timeout_s)
+        except TimeoutError as error:
+            raise EpisodeFailed("timed out", f"no answer in {self._config.timeout_s:g} s") from error
+        except Exception as error:  # the user's code raises whatever it likes
+            raise EpisodeFailed("raised", f"{type(error).__name__}: {error}") from error
+
+    def _tokens(self, words: Words) -> list[int]:
+        if isinstance(words, str):
+            return list(self._tokenizer(words, add_special_tokens=False)["input_ids"]) if words else []
+        known = self._num_tokens_known
+        for token in words:
+            if not isinstance(token, int) or not 0 <= token < known:
+                raise EpisodeFailed("said what is no token", f"{token!r}; tokens are whole numbers below {known}")
+        return list(words)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _action(self, done: Completion) -> Action:
+        tokens = tuple(done.tokens)
+        closed = tokens[-1:] == (self._tokenizer.eos_token_id,)
+        return Action(tokens, self._text(tokens[:-1] if closed else tokens), done.finish_reason == "stop")
+
+
+def _reward_of(step: Step) -> float:
+    if not isinstance(step, Step):
+        raise EpisodeFailed("gave no step", f"{type(step).__name__}; step must return an environments.face.Step")
+    try:
+        reward = float(step.reward)
+    except (TypeError, ValueError) as error:
+        raise EpisodeFailed("gave no number", f"a reward of {step.reward!r}") from error
+    if not math.isfinite(reward):
+        raise EpisodeFailed("gave no finite number", f"a reward of {reward}")
+    return reward
+
+
+async def whole_groups(
+    samples: Sequence[tuple[int, Awaitable[Answer]]],
+) -> tuple[list[Answer], dict[int, str]]:
+    """Await samples, each with its prompt's id; gives those of prompts without a failure, and why the others failed.
+
+    The first failure of a prompt ends its other samples. What is not of an environment ends them all, and is raised.
+    """
+    tasks = {asyncio.ensure_future(answer): prompt_id for prompt_id, answer in samples}
+    failed: dict[int, str] = {}
+    waiting = set(tasks)
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                prompt_id = tasks[task]
+                error = None if task.cancelled() else task.exception()
+                if isinstance(error, EpisodeFailed) and prompt_id not in failed:
+                    logger.warning("prompt %d is dropped: %s", prompt_id, error)
+                    failed[prompt_id] = f"environment {error.reason}"
+                    for other in (other for other in waiting if tasks[other] == prompt_id):
+                        other.cancel()
+                elif error is not None and not isinstance(error, EpisodeFailed):
+                    raise error
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result() for task, prompt_id in tasks.items() if prompt_id not in failed], failed

@@ -1,0 +1,56 @@
+"""Environments for tests."""
+
+from __future__ import annotations
+
+import asyncio
+
+from actors.environments.face import Action, Environment, Step, Task, Words
+
+
+class Echo(Environment):
+    """Begins with the seed's last digit, answers with the length of a turn, and pays by its number, from 1 on.
+
+    What it has been told is kept in ``log``, of all episodes.
+    """
+
+    log: list[Action] = []  # noqa: RUF012  of the class: episodes are made where tests do not see them
+
+    def __init__(self, num_turns: int = 3, words: str = "[{}]") -> None:
+        self.num_turns, self.words, self.turn = num_turns, words, 0
+
+    async def reset(self, task: Task) -> Words:
+        self.seed, self.prompt_id = task.seed, task.columns.get("id")
+        return [2 + self.seed % 10] if self.words else ""
+
+    async def step(self, action: Action) -> Step:
+        self.log.append(action)
+        self.turn += 1
+        await asyncio.sleep(0)
+        return Step(self.words.format(len(action.tokens)), float(self.turn), self.turn == self.num_turns)
+
+
+class Faulty(Echo):
+    """Goes wrong in the second turn of prompt 1, as it is told."""
+
+    def __init__(self, how: str, everywhere: bool = False) -> None:
+        super().__init__()
+        self.how, self.everywhere = how, everywhere
+
+    async def step(self, action: Action) -> Step:
+        step = await super().step(action)
+        if self.turn != 2 or (self.prompt_id != 1 and not self.everywhere):
+            return step
+        match self.how:
+            case "raised":
+                raise KeyError("gone")
+            case "timed out":
+                await asyncio.sleep(60)
+            case "said nothing":
+                return Step("", 0.0, False)
+            case "said what is no token":
+                return Step([64], 0.0, False)
+            case "gave no finite number":
+                return Step("x", float("nan"), False)
+            case "gave no step":
+                return "a word"  # type: ignore[return-value]
+        return step
