@@ -34,6 +34,7 @@ def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[
     assert (run / "logs" / "learner-1.log").exists()
 
 
+@pytest.mark.slow
 def test_a_reference_is_gone_before_the_learner_comes(troupe: Troupe, home: Path) -> None:
     """Each takes more than half of the CPUs. What it left, a run whose learner is its own reference finds."""
     config = str(ROOT / "examples" / "methods" / "dpo_reference.yaml")

@@ -127,6 +127,7 @@ GRPO = (
 )
 
 
+@pytest.mark.slow
 def test_grpo_runs_without_a_critic(troupe: Troupe, home: Path) -> None:
     check_done(troupe("train", *GRPO))
     run = home / "runs" / "grpo"

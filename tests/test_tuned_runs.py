@@ -12,6 +12,7 @@ from tests.conftest import ROOT, Troupe
 NUM_ITERATIONS = 3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ppo_by_lora(troupe: Troupe, home: Path) -> None:
     """The engines follow the policy from one adapter to the next, at a fraction of the bytes of its weights."""
