@@ -91,7 +91,12 @@ class Evaluation:
         slices: list[tuple[Generated, asyncio.Task[dict[str, list[Ref]]]]] = []
         async with task_group() as scoring:
             async for generated in self._fleet.generate(prompts, info.ids):
-                slices.append((generated, scoring.create_task(self._scores(generated))))
+                if generated.info.prompt_ids:  # else all its episodes failed
+                    slices.append((generated, scoring.create_task(self._scores(generated))))
+        num_answered = sum(len(generated.info.prompt_ids) for generated, _ in slices)
+        unanswered = {"unanswered_fraction": 1 - num_answered / info.num_rows}
+        if not slices:
+            return unanswered
         # Slices end in any order; what is kept has that of the data.
         slices.sort(key=lambda done: done[0].info.prompt_ids)
         columns = defaultdict[str, list[Ref]](list)
@@ -99,7 +104,7 @@ class Evaluation:
             for name, refs in scored.result().items():
                 columns[name] += refs
         keep_at = self._folder / f"iteration_{iteration:06d}.arrow" if self._settings.keep_samples else None
-        return await self._roles.source.call_one(
+        metrics = await self._roles.source.call_one(
             0,
             SourceActor.evaluate,
             [generated.rollout for generated, _ in slices],
@@ -109,6 +114,7 @@ class Evaluation:
             {"iteration": iteration, "temperature": self._temperature},
             keep_at,
         )
+        return metrics | unanswered
 
     async def _heldout(self) -> tuple[Ref, BatchInfo]:
         if self._prompts is None:

@@ -33,6 +33,17 @@ def test_keeps_the_newest_and_finds_the_last(tmp_path: Path) -> None:
     assert (store.latest() / "policy" / "model.pt").read_text() == "weights 15"
 
 
+def test_the_best_stays_for_as_long_as_it_is_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    kept = []
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
+        with store.writing(step, best=best) as folder:
+            (folder / "weights").write_text("")
+        kept.append([int(name.removeprefix("step-")) for name in names(tmp_path)])
+    assert kept == [[1], [1, 2], [1, 3], [4], [4, 5]]
+    assert store.of(4) == tmp_path / "step-00000004"
+
+
 def test_failure_leaves_the_old_one_and_nothing_half(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     write(store, 1)

@@ -162,6 +162,7 @@ async def test_evaluates_at_intervals_with_the_same_prompts_and_training_does_no
         {
             "score": 1.5, "score_error": 0.0, "pass_at_1": 0.5, "pass_at_2": 1.0, "best_of_2": 2.0,
             "unscored_fraction": 0.0, "response_tokens": 2.0, "response_tokens_max": 2.0, "truncated_fraction": 0.0,
+            "unanswered_fraction": 0.0,
         }
     )  # fmt: skip
     plain = Run(tmp_path / "b", "dr_grpo", lambda prompt: False)
