@@ -30,6 +30,7 @@ from launch.buffered import Scored
 from launch.config import OnlineRunConfig
 from launch.fleet import Generated
 from launch.recorder import Recorder
+from launch.reward_rules import ENVIRONMENT
 from launch.roles import OnlineRoles
 
 #: Why the ledger says that a prompt was dropped; where a reward failed it says so itself.
@@ -79,6 +80,7 @@ class Labelling:
         self._roles = roles
         self._recorder = recorder
         self._rewards = config.reward_roles
+        self._names = config.score_names
         self._wants_tag = wants_tag(config.total)
         self._policy_is_reference = config.policy_is_reference
         algorithm, ahead = config.algorithm, config.online.max_staleness > 0
@@ -101,8 +103,9 @@ class Labelling:
         asked = [self.scores(rollout, generated.prompts)]
         if generated.baseline is not None:
             asked.append(self.scores(generated.baseline, generated.prompts))
+        others: dict[str, list[Ref]] = {}
         if drop_flat:
-            scores, others = await asyncio.gather(*asked), {}
+            scores = await asyncio.gather(*asked)
         else:
             *scores, others = await asyncio.gather(*asked, self._others(rollout))
         own, baseline = scores[0], scores[-1]
@@ -143,6 +146,9 @@ class Labelling:
                 if isinstance(info, RewardInfo):
                     dropped |= info.dropped
                     counts += _failures(name, info)
+        if ENVIRONMENT in self._names:
+            given, _ = await self._roles.credit.column_of(0, CreditActor.environment_scores, [rollout])
+            columns[ENVIRONMENT] = [given]
         if self._wants_tag:
             tags, _ = await self._roles.credit.column_of(0, CreditActor.safety_prompts, [rollout], [prompts])
             columns[SAFETY_PROMPTS] = [tags]
@@ -154,12 +160,12 @@ class Labelling:
         A sample that a reward has no score for has NaN.
         """
         scores = await self.scores(generated.rollout, generated.prompts)
-        if list(self._rewards) == [UNNAMED]:
+        if self._names == (UNNAMED,):
             return {"score": scores.columns[UNNAMED]}
         combined, _ = await self._roles.credit.column_of(
             0, CreditActor.combined, [generated.rollout], scores.flat
         )
-        return {"score": [combined], **{name: scores.columns[name] for name in self._rewards}}
+        return {"score": [combined], **{name: scores.columns[name] for name in self._names}}
 
     async def recompute(self, rollouts: list[Ref]) -> list[Ref]:
         """The policy's log-probs of a whole batch, before it is trained on."""

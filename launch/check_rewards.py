@@ -1,0 +1,91 @@
+"""What a run needs of its rewards, as far as it can be known without starting them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from actors.errors import RewardError
+from actors.rewards.binding import Signature, is_async, load_function
+from actors.rewards.config import (
+    AnyReward,
+    CheckerRewardConfig,
+    CodeRewardConfig,
+    FunctionRewardConfig,
+    HttpRewardConfig,
+    JudgeRewardConfig,
+)
+from data.tokenizer import Tokenizer
+from launch.config import OnlineRunConfig, RunConfig
+from launch.errors import Problem
+from launch.paths import resolve_reward
+from launch.reward_rules import by_place
+
+if TYPE_CHECKING:
+    from launch.check_models import Facts
+
+OF_SAMPLE = ("prompt", "response", "finished")
+
+
+def check_rewards(config: RunConfig, tokenizers: Mapping[str, Tokenizer], facts: Facts) -> Iterator[Problem]:
+    """What is wrong with rewards over text. Adds what they are to ``facts``.
+
+    Args:
+        tokenizers: of models that could be loaded, by where these stand in the configuration.
+    """
+    if not isinstance(config, OnlineRunConfig):
+        return
+    for where, reward in by_place(config.reward, config.rewards).items():
+        try:
+            if fact := _fact(where, resolve_reward(reward), config, tokenizers):
+                facts.append((where, fact))
+        except RewardError as error:
+            yield Problem(where, str(error))
+
+
+def _fact(where: str, reward: AnyReward, config: OnlineRunConfig, tokenizers: Mapping[str, Tokenizer]) -> str:
+    """What a reward is, in words.
+
+    Raises:
+        RewardError: it could not score anything.
+    """
+    match reward:
+        case FunctionRewardConfig():
+            return _function(reward, config.data.keep_columns)
+        case CheckerRewardConfig(check=check):
+            # Here, because JSON schemas are loaded with it.
+            from actors.rewards.checkers import checker_of
+
+            checker_of(check.model_dump(mode="json"))
+            return f"checker {check.name}"
+        case CodeRewardConfig(isolation=isolation, num_workers=workers):
+            return f"code in {workers} sandboxes at a time, isolated by {isolation} where the role runs"
+        case HttpRewardConfig(endpoints=endpoints):
+            return f"service at {', '.join(endpoints)}, which is not asked now"
+        case JudgeRewardConfig():
+            return _judge(reward, tokenizers.get(f"{where}.model"))
+        case _:
+            return ""
+
+
+def _function(reward: FunctionRewardConfig, columns: tuple[str, ...]) -> str:
+    function = load_function(reward.path)
+    signature = Signature.of(function)
+    known = (*OF_SAMPLE, *columns)
+    if missing := [name for name in signature.required if name not in known]:
+        raise RewardError(
+            f"{reward.path} asks for {missing[0]!r}; it can be given {', '.join(known)}: add it to data.keep_columns"
+        )
+    return f"{'async ' if is_async(function) else ''}function {reward.path} of {', '.join(signature.names)}"
+
+
+def _judge(reward: JudgeRewardConfig, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is not None:
+        # Here, because torch is loaded with it.
+        from actors.rewards.judge import label_tokens
+
+        if reward.apply_chat_template == "always" and not getattr(tokenizer, "chat_template", None):
+            raise RewardError("the judge has no chat template: set apply_chat_template: never")
+        if reward.labels is not None:
+            label_tokens(tokenizer, reward.labels.values)
+    return f"judge, {'by the probabilities of its labels' if reward.labels else 'by a pattern in what it writes'}"
