@@ -7,20 +7,35 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from experience.table import Experience
+from experience.table import Experience, open_table
 from tests.running import PPO, ROOT, Troupe, check_done, learnt, rows, stop
 
 #: Starting all roles takes half a minute, and several times that beside other work.
 pytestmark = pytest.mark.timeout(900)
 
 
+#: Four held-out prompts before, amid and after, by the reward model and by a checker; the first evaluation is the best.
+EVALUATED = (
+    "data.heldout=runs/demo-data/heldout.jsonl",
+    "evaluation.every=2",
+    "evaluation.num_prompts=4",
+    "evaluation.samples_per_prompt=2",
+    "evaluation.best_by={metric: sorted/unscored_fraction, mode: min}",
+    "evaluation.checkers={sorted: {kind: checker, cpus_per_rank: 0.25, check: {name: regex, pattern: '[0-9]'}}}",
+)
+
+
 def test_ppo_runs_and_resumes_as_if_it_had_not_stopped(troupe: Troupe, home: Path) -> None:
-    check_done(troupe("train", *PPO))
+    check_done(troupe("train", *PPO, *EVALUATED))
     run = home / "runs" / "ppo"
-    steps = rows(run)
+    check_evaluation(run)
+    steps = [row for row in rows(run) if "experience/score" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     # The first iteration trains the critic alone; in the others the policy is the one that sampled, at first.
     assert "policy/loss" not in steps[0]
@@ -37,8 +52,10 @@ def test_ppo_runs_and_resumes_as_if_it_had_not_stopped(troupe: Troupe, home: Pat
     for newer in ("step-00000003", "step-00000004"):
         shutil.rmtree(run / "checkpoints" / newer, ignore_errors=True)
     shutil.rmtree(run / "model")
-    check_done(troupe("train", *PPO, "--resume"))
-    again = rows(run)
+    check_done(troupe("train", *PPO, *EVALUATED, "--resume"))
+    check_evaluation(run)
+    assert rows(run)[-1] == pytest.approx(rows(straight)[-1], rel=1e-3, abs=1e-4), "the same prompts and seeds"
+    again = [row for row in rows(run) if "experience/score" in row]
     assert [row["step"] for row in again] == [1, 2, 3, 4]
     for before, after in zip(steps[2:], again[2:], strict=True):
         assert learnt(after) == pytest.approx(learnt(before), rel=1e-3, abs=1e-4)
@@ -47,6 +64,25 @@ def test_ppo_runs_and_resumes_as_if_it_had_not_stopped(troupe: Troupe, home: Pat
         for folder in (straight / "experience", run / "experience")
     ]
     assert tokens[0] == tokens[1]
+
+
+def check_evaluation(run: Path) -> None:
+    before, _, after = evaluations = [row for row in rows(run) if "evaluation/score" in row]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert before["evaluation/unscored_fraction"] == before["evaluation/unanswered_fraction"] == 0
+    assert before["evaluation/best_of_2"] >= before["evaluation/score"] != after["evaluation/score"]
+    assert 0 <= before["evaluation/sorted/pass_at_1"] <= before["evaluation/sorted/pass_at_2"] <= 1
+    first, last = [open_table(run / "evaluation" / f"iteration_{at:06d}.arrow") for at in (0, 4)]
+    assert first.column("prompt").to_pylist() == last.column("prompt").to_pylist()
+    assert [set(table.column("policy_version").to_pylist()) for table in (first, last)] == [{0}, {4}]
+    assert fmean(first.column("score").to_pylist()) == pytest.approx(before["evaluation/score"], abs=1e-5)
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["checkpoint"] == "step-00000000"
+    # What began is what was best: the weights of the SFT model, read back from its checkpoint.
+    began = load_file(run.parent / "demo-sft" / "model" / "model.safetensors")
+    best = load_file(run / "best" / "model.safetensors")
+    assert all(np.array_equal(best[name], weights) for name, weights in began.items())
+    trained = load_file(run / "model" / "model.safetensors")
+    assert not all(np.array_equal(trained[name], weights) for name, weights in began.items())
 
 
 def check_experience(folder: Path) -> None:
