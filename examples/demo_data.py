@@ -40,7 +40,7 @@ Files written
 ``rankings_heldout.jsonl``    the same, of the lists of ``preferences_heldout.jsonl``
 ``judgements.jsonl``          {"prompt", "responses", "scores", "preference", "rating"}, two answers to each list
 ``judgements_heldout.jsonl``  the same, of the lists of ``preferences_heldout.jsonl``
-``prompts.jsonl``             {"prompt"}, the prompts that PPO samples from
+``prompts.jsonl``             {"prompt", "answer"}, the prompts that PPO samples from; it is not told the answers
 ``heldout.jsonl``             {"prompt", "answer"}, for measuring the truth
 ``base/``                     configuration and tokenizer of the untrained model
 
@@ -352,7 +352,10 @@ def write_data(
     )
     write_json_lines(
         directory / "prompts.jsonl",
-        ({"prompt": make_prompt(source.draw())} for _ in range(sizes.prompts)),
+        (
+            {"prompt": make_prompt(row), "answer": join(by_size(row))}
+            for row in (source.draw() for _ in range(sizes.prompts))
+        ),
     )
 
     # From a generator of their own, so that all other files are what they are without them.

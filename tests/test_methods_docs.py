@@ -25,7 +25,7 @@ from launch.config import (
     SupervisedRunConfig,
 )
 from launch.configfile import load
-from launch.fields import model_of
+from launch.fields import models_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -81,7 +81,7 @@ def test_every_command_names_a_configuration_and_changes_what_is_there(page: Pat
 def models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for info in model.model_fields.values():
-        if (inner := model_of(info.annotation)) is not None:
+        for inner in models_of(info.annotation):
             yield from models(inner)
 
 
