@@ -33,6 +33,7 @@ from actors.rewards.combination_config import TotalConfig
 from actors.rollout import RolloutInfo
 from actors.score_columns import UNNAMED, Totals, safety_prompts
 from actors.selection import baseline_column, prompts_without_signal, rows_of_prompts
+from actors.turn_credit import environment_scores, environment_weight, moved_to_turns
 from algorithms.advantages import whiten
 from algorithms.bundles import CreditInputs, algorithm_of
 from algorithms.config import OnlineConfig
@@ -59,6 +60,7 @@ class CreditReport:
 
     - ``score``, ``score_std`` of what the rewards were combined to; ``shaped_score`` after all shaping; ``reward``,
       that less the KL penalty where it is in the reward: all of them means over samples;
+    - ``turns``, their mean, where samples have several;
     - ``response_tokens``, its mean, ``response_tokens_max``, ``truncated_fraction`` of samples that did not end;
     - ``advantage``, ``advantage_std`` (before whitening), over tokens;
     - ``staleness_mean``, ``staleness_max``: policy versions between drawing a token and training on it;
@@ -150,6 +152,7 @@ class CreditActor:
         scores_of = self._totals.read(scores, table.column("sample_id"))
         total = self._totals.of(table, scores_of, moments)
         rewards_T = self._rewards(columns, total.scores_N, kl_coefficient)
+        rewards_T = rewards_T + moved_to_turns(table, columns.offsets, environment_weight(self._total))
         inputs = self._inputs(columns, rewards_T)
         advantages_T, returns_T = self._algorithm.credit(inputs)
         weights_T, corrected = self._weights(columns)
@@ -187,6 +190,11 @@ class CreditActor:
         return batch, batch.num_rows
 
     def safety_prompts(self, rollouts: Batches, prompts: Batches) -> tuple[pa.RecordBatch, int]:
+    def environment_scores(self, rollouts: Batches) -> tuple[pa.RecordBatch, int]:
+        """SCORES of what an environment gave, summed over each sample's turns."""
+        scores = environment_scores(rollouts)
+        return scores, scores.num_rows
+
         """SCORES that stand behind the rewards' where the combination wants to know which prompts are of safety.
 
         Raises:
@@ -222,6 +230,7 @@ class CreditActor:
             reference_T, kl_coefficient = behaviour_T, 0.0
         estimator = ESTIMATORS[self._config.kl.estimator_used]
         return per_token_rewards(scores_N, behaviour_T, reference_T, columns.offsets, kl_coefficient, estimator)
+            turn_offsets=columns.turn_offsets,
 
     def _inputs(self, columns: CreditColumns, rewards_T: Tensor) -> CreditInputs:
         return CreditInputs(
@@ -290,6 +299,8 @@ def _metrics(
         "score_std": combined_N.std(correction=0),
         "shaped_score": total.scores_N.mean(),
         "reward": rewards_T.sum() / num_samples,
+    if len(columns.turn_offsets) > len(columns.offsets):
+        metrics |= {"turns": torch.tensor((len(columns.turn_offsets) - 1) / num_samples)}
         "response_tokens": lengths_N.mean(),
         "response_tokens_max": lengths_N.max(),
         "truncated_fraction": (~columns.finished_N).double().mean(),

@@ -14,6 +14,7 @@ from torch import Tensor
 from actors.errors import RoleError
 from experience.schema import SchemaError
 from experience.tensors import list_column, scalar_column
+from experience.turns import Turns
 
 
 class NotFinite(RoleError):
@@ -27,6 +28,7 @@ class CreditColumns:
     sample_ids_N: Tensor
     prompt_ids_N: Tensor
     offsets: Tensor
+    turn_offsets: Tensor
     baseline_scores_N: Tensor | None
     finished_N: Tensor
     staleness_T: Tensor
@@ -74,6 +76,7 @@ def read_columns(table: pa.Table, policy_version: int) -> CreditColumns:
         sample_ids_N=torch.tensor(sample_ids, dtype=torch.int64),
         prompt_ids_N=scalar_column(table, "prompt_id"),
         offsets=logprobs.offsets,
+        turn_offsets=Turns.of_rollouts(table).turn_offsets,
         baseline_scores_N=scalar_column(table, "baseline_score").double() if baselines else None,
         finished_N=torch.tensor([reason == "stop" for reason in reasons]),
         staleness_T=staleness_T,

@@ -36,11 +36,13 @@ class CreditInputs:
     """The whole global batch, in float64 on the CPU.
 
     Attributes:
-        rewards_T: the shaped score on each sample's last token and, where the KL is part of the reward, its penalty on
+        rewards_T: the shaped score on each sample's last token, what an environment gave on the last token of each
+            turn, and, where the KL is part of the reward, its penalty on
             every token.
         group_ids_N: the prompt of each sample.
         values_T: by the critic; none without one.
         baseline_scores_N: shaped score of the baseline's response to the same prompt; none without one.
+        turn_offsets: (U+1,), where turns begin and end among the T tokens; none where each sample is one turn.
     """
 
     rewards_T: Tensor
@@ -50,6 +52,7 @@ class CreditInputs:
     baseline_scores_N: Tensor | None
     gamma: float
     gae_lambda: float
+    turn_offsets: Tensor | None = None
 
     @property
     def sample_rewards_N(self) -> Tensor:
@@ -167,6 +170,13 @@ def _grpo(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
     return inputs.on_tokens(group_advantages.grpo(inputs.sample_rewards_N, inputs.group_ids_N)), None
 
 
+def _turn_grpo(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    turn_offsets = inputs.offsets if inputs.turn_offsets is None else inputs.turn_offsets
+    return group_advantages.turn_grpo(
+        inputs.rewards_T, turn_offsets, inputs.offsets, inputs.group_ids_N, gamma=inputs.gamma
+    ), None
+
+
 def _dr_grpo(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
     return inputs.on_tokens(group_advantages.dr_grpo(inputs.sample_rewards_N, inputs.group_ids_N)), None
 
@@ -196,6 +206,7 @@ def _initial_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 ALGORITHMS: Mapping[str, Algorithm] = {
     "ppo": Algorithm(_ppo, BUILT_IN["ppo"]),
     "grpo": Algorithm(_grpo, BUILT_IN["grpo"]),
+    "turn_grpo": Algorithm(_turn_grpo, BUILT_IN["turn_grpo"]),
     "dr_grpo": Algorithm(_dr_grpo, BUILT_IN["dr_grpo"]),
     "rloo": Algorithm(_rloo, BUILT_IN["rloo"]),
     "reinforce_plus_plus": Algorithm(_reinforce_plus_plus, BUILT_IN["reinforce_plus_plus"]),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from algorithms.advantages import gae, whiten
 from algorithms.errors import AlgorithmError, ShapeMismatch
-from algorithms.packed import spread
+from algorithms.packed import sample_sums, spread
 from algorithms.shapes import require_offsets, require_same_length
 
 
@@ -157,6 +157,32 @@ def returns_to_go(rewards_T: Tensor, offsets: Tensor, *, gamma: float) -> Tensor
         ShapeMismatch: the offsets do not cover the rewards.
     """
     return gae(rewards_T, torch.zeros_like(rewards_T), offsets, gamma, 1.0)[0]
+
+
+def turn_grpo(
+    rewards_T: Tensor, turn_offsets: Tensor, offsets: Tensor, group_ids_N: Tensor, *, gamma: float
+) -> Tensor:
+    """GRPO turn by turn: a turn's return is judged against those of the group's turns of the same number, (T,).
+
+    A turn is credited with what came at it and after it, not with what earlier turns earned; samples of one turn each
+    give what ``grpo`` gives. A turn whose number no other sample of its group reached gets 0.
+
+    >>> rewards = torch.tensor([1.0, 3.0, 0.0, 1.0])  # two samples of two turns of one token each
+    >>> one = torch.tensor([7, 7])
+    >>> turn_grpo(rewards, torch.arange(5), torch.tensor([0, 2, 4]), one, gamma=1.0)
+    tensor([ 0.7071,  0.7071, -0.7071, -0.7071])
+
+    Raises:
+        ShapeMismatch: as ``turn_returns`` and ``grpo``.
+    """
+    rewards_U = sample_sums(rewards_T, turn_offsets)
+    returns_T = turn_returns(rewards_U, turn_offsets, offsets, gamma=gamma)
+    first_turns = torch.searchsorted(turn_offsets, offsets.to(turn_offsets))
+    require_same_length(samples=offsets[1:], group_ids=group_ids_N)
+    numbers_U = torch.arange(len(rewards_U), device=rewards_U.device) - spread(first_turns[:-1], first_turns)
+    pairs = torch.stack([spread(group_ids_N, first_turns), numbers_U], dim=1)
+    _, groups_U = torch.unique(pairs, dim=0, return_inverse=True)
+    return spread(grpo(returns_T[turn_offsets[1:] - 1], groups_U), turn_offsets)
 
 
 def turn_returns(turn_rewards_U: Tensor, turn_offsets: Tensor, offsets: Tensor, *, gamma: float) -> Tensor:

@@ -56,6 +56,11 @@ BUILT_IN: Mapping[str, Needs] = {
         keys=_NONE,
         defaults={"normalise": "sequences", "kl": {"placement": "loss", "coefficient": 0.04}},
     ),
+    "turn_grpo": Needs(
+        groups=True,
+        keys=frozenset({"gamma"}),
+        defaults={"normalise": "sequences", "kl": {"placement": "loss", "coefficient": 0.04}},
+    ),
     "dr_grpo": Needs(groups=True, keys=_NONE, defaults={"normalise": "constant", "kl": {"coefficient": 0.0}}),
     "rloo": Needs(groups=True, keys=_WHITENED),
     "reinforce_plus_plus": Needs(keys=frozenset({"gamma", "whiten_rewards"})),

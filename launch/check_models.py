@@ -60,7 +60,7 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
             if isinstance(config, ReferredRunConfig) and (referred := config.reference) is not None:
                 yield WantedModel("reference.model", referred.model, "language model", longest, same_tokens=True)
         case OnlineRunConfig():
-            longest = config.data.max_tokens + config.rollout.sampling.max_response_tokens
+            longest = config.data.max_tokens + config.rollout.max_new_tokens
             engine = max(longest, config.rollout.max_model_tokens or 0)
             yield WantedModel("policy.model", config.policy.model, "language model", engine)
             if (critic := config.critic) is not None:

@@ -31,7 +31,7 @@ from cluster.config import ClusterConfig, FrozenConfig, PlacementConfig
 from data.config import DataConfig
 from data.formats import Kind
 from launch.errors import RuleViolations
-from launch.reward_rules import by_role
+from launch.reward_rules import by_role, reward_names
 from launch.rules import ONLINE_RULES, SUPERVISED_RULES, Rule, reference_is_of_use, violations
 from launch.settings import EvaluationSettings, NormaliseSettings, OnlineSettings, RunSettings, checker_role
 
@@ -207,6 +207,11 @@ class OnlineRunConfig(BaseRunConfig):
     def reward_roles(self) -> dict[str, AnyReward]:
         """Every reward by the name of its role, in the order that their scores travel in."""
         return by_role(self.reward, self.rewards)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What scores travel under, in order: the rewards by name, and the environment."""
+        return reward_names(self.reward, self.rewards, self.rollout)
 
     @property
     def policy_is_reference(self) -> bool:

@@ -117,7 +117,7 @@ class OnlineDriver:
         if (settings := config.evaluation) is not None:
             self._evaluation = Evaluation(config, settings, roles, self._labelling, run_dir.evaluation)
         self._drawing = asyncio.Lock()
-        self._score_names = score_names(tuple(config.reward_roles), config.total)
+        self._score_names = score_names(config.score_names, config.total)
         #: Metrics that add up while an iteration is generated, by iteration.
         self._counts = defaultdict[int, Counter[str]](Counter)
         samples_per_prompt = config.rollout.sampling.samples_per_prompt
@@ -195,7 +195,10 @@ class OnlineDriver:
                     info = generated.info
                     self._state.ledger.generate(info.prompt_ids)
                     self._recorder.count("rollout", info.num_tokens, self._fleet.take_busy_s())
-                    scoring.create_task(self._score(slot, generated, redraws))
+                    if info.num_samples:
+                        scoring.create_task(self._score(slot, generated, redraws))
+                    if info.dropped:
+                        scoring.create_task(self._replace(slot, info.dropped, redraws))
 
     async def _score(self, slot: Slot, generated: Generated, redraws: _Redraws) -> None:
         """Have every scoring role add its column, and put the slice into the buffer; replace prompts that it drops."""
@@ -223,8 +226,9 @@ class OnlineDriver:
                 if not flat and redraws.failed >= self._config.online.max_failed_redraws:
                     raise RewardsDown(
                         f"prompt {prompts[0]} was dropped ({reason}), and so were {redraws.failed} before it in its "
-                        "place; the reward's log names the failures. Mend it and go on with --resume, or set its "
-                        "on_failure to a score, or online.max_failed_redraws higher"
+                        "place; the log of the reward, or of the engine for an environment, names the failures. Mend "
+                        "it and go on with --resume, or set a reward's on_failure to a score, or "
+                        "online.max_failed_redraws higher"
                     )
                 self._state.ledger.drop(prompts, reason)
                 self._counts[slot.iteration][f"dropped/{reason.replace(' ', '_')}"] += len(prompts)
@@ -303,7 +307,7 @@ class OnlineDriver:
         rewards = self._config.reward_roles
         over_text = [name for name, reward in rewards.items() if reward.kind != "model"]
         counts = {f"reward/{name}/{what}": 0 for name in over_text for what in ("failed", "retried")}
-        if over_text or self._config.online.max_redraws:
+        if over_text or self._config.online.max_redraws or self._config.rollout.environment is not None:
             counts[DROPPED] = 0
         return {name: float(count) for name, count in (counts | self._counts.pop(iteration, Counter())).items()}
 

@@ -64,6 +64,26 @@ def baseline_where_needed(
         )
 
 
+def environment_suits(
+    algorithm: OnlineConfig, rollout: RolloutConfig, baseline: RolloutConfig | None
+) -> Iterator[Problem]:
+    """Episodes are compared with each other and with no baseline; a turn fits into one."""
+    if baseline is not None and baseline.environment is not None:
+        yield Problem("baseline.environment", "a baseline is one response", "leave it out")
+    if (environment := rollout.environment) is None:
+        return
+    if algorithm.needs.baseline != "none":
+        what = f"{algorithm.name} compares with one more response to the prompt, and an environment gives episodes"
+        yield Problem("rollout.environment", what, "another algorithm, or no environment")
+    if rollout.sampling.max_response_tokens >= environment.max_tokens and environment.max_turns > 1:
+        longest = rollout.sampling.max_response_tokens
+        yield Problem(
+            "rollout.environment.max_tokens",
+            f"{environment.max_tokens} is no more than one turn, rollout.sampling.max_response_tokens = {longest}",
+            "room for max_turns turns and what the environment says between them",
+        )
+
+
 def groups_where_needed(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
     """What compares the samples of a prompt has several."""
     if algorithm.needs.groups and rollout.sampling.samples_per_prompt < 2:
@@ -113,6 +133,7 @@ ROLE_RULES = (
     critic_where_needed,
     reference_where_needed,
     baseline_where_needed,
+    environment_suits,
     groups_where_needed,
     redrawn_prompts_have_groups,
     pretraining_fits,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from actors.config import ModelConfig
+from actors.config import ModelConfig, RolloutConfig
 from actors.rewards.config import AnyReward, FunctionRewardConfig, JudgeRewardConfig, ModelRewardConfig
 from data.config import DataConfig, SourceConfig
 from launch.errors import RunDirError
@@ -71,10 +71,23 @@ def resolve_reward(reward: AnyReward) -> AnyReward:
         case ModelRewardConfig() | JudgeRewardConfig():
             return reward.model_copy(update={"model": resolve_model(reward.model)})
         case FunctionRewardConfig(path=path):
-            where, _, name = path.rpartition(":")
-            return reward.model_copy(update={"path": f"{resolve(where)}:{name}"}) if where.endswith(".py") else reward
+            return reward.model_copy(update={"path": resolve_code(path)})
         case _:
             return reward
+
+
+def resolve_code(path: str) -> str:
+    """``path/to/file.py:name`` with the file made absolute; ``package.module:name`` as it is."""
+    where, _, name = path.rpartition(":")
+    return f"{resolve(where)}:{name}" if where.endswith(".py") else path
+
+
+def resolve_rollout(rollout: RolloutConfig) -> RolloutConfig:
+    """``rollout`` with the path of its environment's file resolved."""
+    if (environment := rollout.environment) is None:
+        return rollout
+    found = environment.model_copy(update={"path": resolve_code(environment.path)})
+    return rollout.model_copy(update={"environment": found})
 
 
 def runs_root(root: str, environment: Mapping[str, str] = os.environ) -> Path:

@@ -22,6 +22,8 @@ from launch.errors import Problem
 
 #: The role of the only reward of a run, where the configuration gives it no name.
 UNNAMED = "reward"
+#: The sum of what an environment gave stands among the rewards under this name.
+ENVIRONMENT = "environment"
 #: What a reward cannot be called: the other roles, and what scores travel beside.
 OTHER_NAMES = frozenset(
     {"policy", "critic", "reference", "reward", "rollout", "baseline", "credit", "source", "pretraining_source"}
@@ -41,9 +43,19 @@ def by_place(reward: AnyReward | None, rewards: Mapping[str, AnyReward]) -> dict
     return by_role(reward, {f"rewards.{name}": one for name, one in rewards.items()})
 
 
-def rewards_are_there(reward: AnyReward | None, rewards: dict[str, AnyReward]) -> Iterator[Problem]:
-    """One reward without a name, or some with names that nothing else has."""
-    if reward is None and not rewards:
+def reward_names(
+    reward: AnyReward | None, rewards: Mapping[str, AnyReward], rollout: RolloutConfig
+) -> tuple[str, ...]:
+    """The names of all that gives scores: the rewards, and the environment where there is one."""
+    environment = () if rollout.environment is None else (ENVIRONMENT,)
+    return (*by_role(reward, rewards), *environment)
+
+
+def rewards_are_there(
+    reward: AnyReward | None, rewards: dict[str, AnyReward], rollout: RolloutConfig
+) -> Iterator[Problem]:
+    """One reward without a name, or some with names that nothing else has; none is needed beside an environment."""
+    if not reward_names(reward, rewards, rollout):
         yield Problem(
             "rewards", "the section is missing: nothing says what a response is worth",
             "rewards: {NAME: {kind: ...}}, or reward: {model: {path: ...}} for one reward model",
@@ -63,10 +75,10 @@ def _free(rewards: Mapping[str, AnyReward]) -> str:
 
 
 def total_is_of_the_rewards(
-    reward: AnyReward | None, rewards: dict[str, AnyReward], total: TotalConfig
+    reward: AnyReward | None, rewards: dict[str, AnyReward], rollout: RolloutConfig, total: TotalConfig
 ) -> Iterator[Problem]:
     """What combines and shapes names rewards that are there."""
-    names = by_role(reward, rewards)
+    names = reward_names(reward, rewards, rollout)
     if names and (reason := total.why_not(names)):
         yield Problem("total", reason)
 
@@ -87,7 +99,7 @@ def overlong_margin_fits(total: TotalConfig, rollout: RolloutConfig) -> Iterator
     """The penalty of overlong responses rises within a response."""
     for name, step in total.shaping.items():
         if isinstance(step, OverlongConfig):
-            longest = step.max_tokens or rollout.sampling.max_response_tokens
+            longest = step.max_tokens or rollout.max_drawn_tokens
             if step.margin_tokens > longest:
                 yield Problem(
                     f"total.shaping.{name}.margin_tokens",

@@ -33,7 +33,7 @@ from launch.config import (
     SupervisedRunConfig,
 )
 from launch.devices import runs_on_gpu
-from launch.paths import resolve_data, resolve_model, resolve_reward
+from launch.paths import resolve_data, resolve_model, resolve_reward, resolve_rollout
 from launch.publish import adapter_rank, weight_transfer
 from launch.settings import checker_role
 from launch.tasks import task_group
@@ -134,7 +134,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
     num_iterations = config.run.num_iterations
     data = resolve_data(config.data)
     way = weight_transfer(policy, config.rollout, config.cluster)
-    rollout = config.rollout.model_copy(update={"weight_transfer": way})
+    rollout = resolve_rollout(config.rollout).model_copy(update={"weight_transfer": way})
     async with _starter(config, config.placements(), log_dir) as start:
         async with task_group() as starting:
             source = starting.create_task(start(SourceActor, "source", (data, "prompts", policy.model, seed)))
@@ -165,7 +165,7 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             }
             engine_args = (rollout, policy.model, seed, adapter_rank(policy, rollout))
             rolled_out = starting.create_task(start(RolloutActor, "rollout", engine_args))
-            scored = (sampling.max_response_tokens, tuple(config.reward_roles), config.total)
+            scored = (config.rollout.max_drawn_tokens, config.score_names, config.total)
             credited = starting.create_task(start(CreditActor, "credit", (algorithm, *scored)))
         rewards = {name: reward.result() for name, reward in rewarded.items()}
         checking = {name: checker.result() for name, checker in checked.items()}

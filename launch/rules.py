@@ -88,9 +88,10 @@ def samples_fit(
     baseline: RolloutConfig | None,
 ) -> Iterator[Problem]:
     """The longest sample (prompt plus response) fits the engine and one pack of every role."""
-    response = rollout.sampling.max_response_tokens
+    response = rollout.max_new_tokens
     longest = data.max_tokens + response
-    parts = f"data.max_tokens {data.max_tokens} + rollout.sampling.max_response_tokens {response}"
+    key = "sampling.max_response_tokens" if rollout.environment is None else "environment.max_tokens"
+    parts = f"data.max_tokens {data.max_tokens} + rollout.{key} {response}"
     for name, engines in (("rollout", rollout), ("baseline", baseline)):
         most = None if engines is None else engines.max_model_tokens
         if most is not None and longest > most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ async def test_the_trainer_takes_the_same_tokens(engine: RolloutActor, model: Pa
     network.load_state_dict(rollouts.changed(model, seed=1).state_dict())
     offsets, logprobs = packed.packed.offsets.tolist(), []
     with torch.no_grad():
-        for start, stop in zip(offsets, offsets[1:], strict=False):
+        for start, stop in pairwise(offsets):
             logits = network(packed.packed.tokens[None, start:stop]).logits[0] / 0.8
             logprobs.append(logits.log_softmax(-1))
     at = torch.cat(logprobs)[packed.positions_S, packed.targets_S].tolist()
