@@ -126,6 +126,19 @@ async def test_another_seed_draws_others(engine: RolloutActor, monkeypatch: pyte
     assert sum(first[i]["tokens"] == second[i]["tokens"] for i in first) < len(first) // 4
 
 
+async def test_held_out_prompts_are_answered_apart_and_alike_each_time(engine: RolloutActor) -> None:
+    prompts = rollouts.prompts(LENGTHS)
+    first, again = [rollouts.rows((await engine.evaluate(prompts, [1, 2], 3, 1.0))[0]) for _ in range(2)]
+    trained = rollouts.rows((await engine.generate(prompts, ROWS))[0])
+    assert sorted(first) == [3, 4, 5, 6, 7, 8] and [row["prompt_id"] for row in first.values()] == [1, 1, 1, 2, 2, 2]
+    assert {i: row["tokens"] for i, row in first.items()} == {i: row["tokens"] for i, row in again.items()}
+    # A sample of the same number, of the same prompt: drawn with another seed.
+    assert first[3]["prompt_id"] == trained[3]["prompt_id"] and first[3]["tokens"] != trained[3]["tokens"]
+    greedy = rollouts.rows((await engine.evaluate(prompts, [1], 1, 0.0))[0])
+    baseline = rollouts.rows((await engine.generate(prompts, [1], True))[0])
+    assert greedy[1]["tokens"] == baseline[1]["tokens"]
+
+
 async def test_logprobs_are_of_the_distribution_that_was_sampled(
     engine: RolloutActor, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
