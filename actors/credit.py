@@ -173,14 +173,6 @@ class CreditActor:
         scores_of = self._totals.read(scores, table.column("sample_id"))
         return prompts_without_signal(table, self._totals.combined(table, scores_of))
 
-    def combined(self, rollouts: Batches, scores: Batches) -> tuple[pa.RecordBatch, int]:
-        """SCORES of what the rewards come to before any shaping; NaN where one of them has none."""
-        table = join(rollouts).table
-        ids = table.column("sample_id")
-        combined_N = self._totals.combined(table, self._totals.read(scores, ids, finite=False))
-        columns = {"sample_id": ids.combine_chunks(), "score": pa.array(combined_N.float().numpy())}
-        return make_batch(SCORES, columns), table.num_rows
-
     def combine(self, rollouts: Batches, scores: Batches) -> tuple[pa.RecordBatch, int]:
         """SCORES of the rollouts' rows: what the rewards come to, before any shaping; NaN where one has no score."""
         table = join(rollouts).table
@@ -190,11 +182,6 @@ class CreditActor:
         return batch, batch.num_rows
 
     def safety_prompts(self, rollouts: Batches, prompts: Batches) -> tuple[pa.RecordBatch, int]:
-    def environment_scores(self, rollouts: Batches) -> tuple[pa.RecordBatch, int]:
-        """SCORES of what an environment gave, summed over each sample's turns."""
-        scores = environment_scores(rollouts)
-        return scores, scores.num_rows
-
         """SCORES that stand behind the rewards' where the combination wants to know which prompts are of safety.
 
         Raises:
@@ -202,6 +189,11 @@ class CreditActor:
         """
         tags = safety_prompts(rollouts, prompts, self._total)
         return tags, tags.num_rows
+
+    def environment_scores(self, rollouts: Batches) -> tuple[pa.RecordBatch, int]:
+        """SCORES of what an environment gave, summed over each sample's turns."""
+        scores = environment_scores(rollouts)
+        return scores, scores.num_rows
 
     def select(
         self, columns: Batches, rollouts: Batches, prompt_ids: Sequence[int]
@@ -230,7 +222,6 @@ class CreditActor:
             reference_T, kl_coefficient = behaviour_T, 0.0
         estimator = ESTIMATORS[self._config.kl.estimator_used]
         return per_token_rewards(scores_N, behaviour_T, reference_T, columns.offsets, kl_coefficient, estimator)
-            turn_offsets=columns.turn_offsets,
 
     def _inputs(self, columns: CreditColumns, rewards_T: Tensor) -> CreditInputs:
         return CreditInputs(
@@ -239,6 +230,7 @@ class CreditActor:
             group_ids_N=columns.prompt_ids_N,
             values_T=columns.values_T,
             baseline_scores_N=columns.baseline_scores_N,
+            turn_offsets=columns.turn_offsets,
             gamma=self._config.gamma,
             gae_lambda=self._config.gae_lambda,
         )
@@ -299,8 +291,6 @@ def _metrics(
         "score_std": combined_N.std(correction=0),
         "shaped_score": total.scores_N.mean(),
         "reward": rewards_T.sum() / num_samples,
-    if len(columns.turn_offsets) > len(columns.offsets):
-        metrics |= {"turns": torch.tensor((len(columns.turn_offsets) - 1) / num_samples)}
         "response_tokens": lengths_N.mean(),
         "response_tokens_max": lengths_N.max(),
         "truncated_fraction": (~columns.finished_N).double().mean(),
@@ -309,6 +299,8 @@ def _metrics(
         "staleness_mean": columns.staleness_T.double().mean(),
         "staleness_max": columns.staleness_T.max(),
     }
+    if len(columns.turn_offsets) > len(columns.offsets):
+        metrics |= {"turns": torch.tensor((len(columns.turn_offsets) - 1) / num_samples)}
     if columns.ref_logprobs_T is not None:
         kl_T = k1(columns.behaviour_logprobs_T, columns.ref_logprobs_T)
         metrics |= {"kl_per_sample": kl_T.sum() / num_samples, "kl_per_token": kl_T.mean()}

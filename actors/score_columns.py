@@ -74,7 +74,7 @@ class Totals:
         """
         found = self._read(scores, sample_ids)
         for name, scores_N in found.items():
-            if bool((wrong := ~scores_N.isfinite()).any()):
+            if finite and bool((wrong := ~scores_N.isfinite()).any()):
                 row = int(wrong.nonzero()[0])
                 raise NotFinite(
                     f"sample {sample_ids[row].as_py()}: {self.column_of(name)} is {float(scores_N[row])}; a reward "

@@ -24,7 +24,7 @@ from actors.reports import ColumnInfo
 from actors.reward import RewardActor
 from actors.rewards.actor import RewardInfo, TextRewardActor
 from actors.rollout import RolloutInfo
-from actors.score_columns import SAFETY_PROMPTS, UNNAMED, wants_tag
+from actors.score_columns import SAFETY_PROMPTS, wants_tag
 from cluster.group import Ref, RoleGroup
 from launch.buffered import Scored
 from launch.config import OnlineRunConfig
@@ -153,19 +153,6 @@ class Labelling:
             tags, _ = await self._roles.credit.column_of(0, CreditActor.safety_prompts, [rollout], [prompts])
             columns[SAFETY_PROMPTS] = [tags]
         return Scores(columns, dropped, counts)
-
-    async def evaluated(self, generated: Generated) -> dict[str, list[Ref]]:
-        """``score``, what the rewards come to before any shaping, and each by its name where it has one.
-
-        A sample that a reward has no score for has NaN.
-        """
-        scores = await self.scores(generated.rollout, generated.prompts)
-        if self._names == (UNNAMED,):
-            return {"score": scores.columns[UNNAMED]}
-        combined, _ = await self._roles.credit.column_of(
-            0, CreditActor.combined, [generated.rollout], scores.flat
-        )
-        return {"score": [combined], **{name: scores.columns[name] for name in self._names}}
 
     async def recompute(self, rollouts: list[Ref]) -> list[Ref]:
         """The policy's log-probs of a whole batch, before it is trained on."""

@@ -1,0 +1,93 @@
+"""The rewards of a run: their forms, their names, what they are given, and what is said of mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.check_rewards import check_rewards
+from launch.config import OnlineRunConfig
+from launch.configfile import load
+from tests.launch.test_rules import EXAMPLES, refused
+
+CHECKER = "rewards.right={kind: checker, check: {name: exact}}"
+KEPT = "data.keep_columns=[answer]"
+
+
+def online(name: str, *words: str) -> OnlineRunConfig:
+    config = load(EXAMPLES / f"{name}.yaml", words)
+    assert isinstance(config, OnlineRunConfig)
+    return config
+
+
+def test_one_reward_without_a_name_or_some_with_names() -> None:
+    alone = online("ppo")
+    assert list(alone.reward_roles) == ["reward"] and alone.reward_roles["reward"].kind == "model"
+    several = online("rewards/combined", "rewards.polite={kind: function, path: 'a:b'}", "total.combine={kind: linear}")
+    assert list(several.reward_roles) == ["preferred", "correct", "polite"]
+    assert set(several.reward_roles) < set(several.placements())
+    assert [where for where, _ in refused("ppo", "reward=null")] == ["rewards"]
+    [(where, what)] = refused("ppo", CHECKER, KEPT)
+    assert where == "reward" and "move it there, under a name: rewards.model" in what
+
+
+@pytest.mark.parametrize("name", ["policy", "credit", "safety_prompts", "Right", "a-b"])
+def test_names_that_a_reward_cannot_have(name: str) -> None:
+    assert f"rewards.{name}" in [
+        where for where, _ in refused("ppo", "reward=null", CHECKER.replace("right", name), KEPT)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (["reward.kind=modle"], "reward.kind", "'modle' is none of model, function, checker"),
+        (["rewards={a: {path: x}}"], "rewards.a.kind", "is missing; one of model, function"),
+        (["reward={kind: function}"], "reward.path", "is missing; `package.module:name` or"),
+        (["reward={kind: function, path: 'a:b', tiemout_s: 3}"], "reward.tiemout_s", "did you mean 'timeout_s'?"),
+        (["reward={kind: checker, check: {name: exactly}}"], "reward.check.name", "'exactly' is none of exact"),
+        (["total.combine={kind: gated, score: reward, gate: x, threshold: 1}"], "total", "there is no reward 'x'"),
+        (["reward={kind: checker, check: {name: gsm8k}}"], "reward", "needs the column 'answer' of the prompts' rows"),
+        (["total.shaping={a: {kind: overlong, margin_tokens: 99}}"], "total.shaping.a.margin_tokens", "at most 10"),
+    ],
+)
+def test_mistakes_are_told_at_their_place(words: list[str], where: str, what: str) -> None:
+    found = refused("methods/grpo", *words)
+    assert any(at == where and what in said for at, said in found), found
+
+
+def test_columns_are_for_prompts_alone() -> None:
+    [(where, what)] = refused("sft", KEPT)
+    assert where == "data.keep_columns" and "this run has none" in what
+
+
+def test_a_baseline_is_scored_by_itself() -> None:
+    running = "total.shaping={scale: {kind: normalise, by: running}}"
+    assert refused("methods/grpo", running) == []
+    [(where, what)] = refused("methods/remax", running)
+    assert where == "total.shaping.scale.by" and "remax scores the response that it compares with by itself" in what
+
+
+def test_a_judge_that_shares_a_gpu_leaves_room() -> None:
+    [(where, _)] = refused("rewards/judge", "reward.gpus_per_rank=0.5", "reward.kv_cache_bytes=null")
+    assert where == "reward.gpu_memory_fraction"
+
+
+def test_functions_are_imported_and_asked_what_they_want(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(tmp_path))
+    facts: list[tuple[str, str]] = []
+
+    def problems(*words: str) -> list[str]:
+        facts.clear()
+        return [str(problem) for problem in check_rewards(online("rewards/function", *words), {}, facts)]
+
+    [missing] = problems()
+    assert missing.startswith("reward: ") and "no file" in missing and str(tmp_path) in missing
+    (tmp_path / "mine.py").write_text("async def score(response, answer): return 1.0")
+    assert problems("reward.path=mine.py:score") == []
+    assert facts == [("reward", f"async function {tmp_path}/mine.py:score of response, answer")]
+    [unkept] = problems("reward.path=mine.py:score", "data.keep_columns=[]")
+    assert "asks for 'answer'" in unkept and "add it to data.keep_columns" in unkept
+    [wrong] = problems("reward={kind: checker, check: {name: json_schema, json_schema: {type: nothing}}}")
+    assert wrong.startswith("reward: ")
