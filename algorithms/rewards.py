@@ -14,40 +14,6 @@ from algorithms.kl import k1
 from algorithms.shapes import require_offsets, require_same_length
 
 
-def shape_scores(
-    scores_N: Tensor,
-    finished_N: Tensor,
-    *,
-    clip: float | None,
-    missing_eos_score: float | None,
-    missing_eos_penalty: float,
-) -> Tensor:
-    """Scores as they enter the reward, (N,): clipped, then changed where a response did not end by itself.
-
-    The order matters: a score that replaces, and a penalty, are not clipped; both may be there at once.
-
-    >>> shape = dict(clip=5.0, missing_eos_score=None, missing_eos_penalty=1.0)
-    >>> shape_scores(torch.tensor([9.0, 9.0]), torch.tensor([True, False]), **shape)
-    tensor([5., 4.])
-
-    Args:
-        finished_N: bool; false where generation was cut off.
-        clip: scores are clipped to ``[-clip, clip]`` (DeepSpeed-Chat: 5).
-        missing_eos_score: replaces the score of an unfinished response (Ziegler et al. 2019, and Huang et al. 2024:
-            -1).
-        missing_eos_penalty: is subtracted from it (TRL).
-
-    Raises:
-        ShapeMismatch: the two differ in length.
-    """
-    require_same_length(scores=scores_N, finished=finished_N)
-    unfinished_N = ~finished_N.bool()
-    shaped_N = scores_N if clip is None else scores_N.clamp(-clip, clip)
-    if missing_eos_score is not None:
-        shaped_N = shaped_N.masked_fill(unfinished_N, missing_eos_score)
-    return shaped_N - missing_eos_penalty * unfinished_N.to(shaped_N)
-
-
 def per_token_rewards(
     scores_N: Tensor,
     behaviour_logprobs_T: Tensor,

@@ -7,7 +7,7 @@ Two kinds, all of (N,):
 - a **transform** takes scores and gives others: clip, normalise, replace. The order of transforms matters.
 - a **term** is to be added to a score, and is never above 0: a penalty. The order of terms does not matter.
 
-None changes what it is given. ``rewards.shape_scores`` is clip, replace, missing-EOS term, in that order.
+None changes what it is given.
 """
 
 from __future__ import annotations

@@ -107,10 +107,10 @@ class Labelling:
         if drop_flat:
             scores = await asyncio.gather(*asked)
         else:
-            *scores, others = await asyncio.gather(*asked, self._others(rollout))
+            scores, others = await asyncio.gather(asyncio.gather(*asked), self._others(rollout))
         own, baseline = scores[0], scores[-1]
         dropped, counts = {**baseline.dropped, **own.dropped}, sum((one.counts for one in scores), Counter())
-        scored = replace(Scored(rollout, [], [], own.columns, []), **others)
+        scored = _with(Scored(rollout, [], [], own.columns, []), others)
         kept = await self._without((scored, generated.info), dropped)
         if drop_flat and kept is not None:
             scored = kept[0]
@@ -119,7 +119,7 @@ class Labelling:
             )
             dropped |= dict.fromkeys(found, NO_SIGNAL)
             if (kept := await self._without(kept, found)) is not None:
-                kept = replace(kept[0], **await self._others(kept[0].rollout)), kept[1]
+                kept = _with(kept[0], await self._others(kept[0].rollout)), kept[1]
         if generated.baseline is not None and kept is not None:
             column, _ = await self._roles.credit.column_of(
                 0, CreditActor.baseline, [kept[0].rollout], [generated.baseline], baseline.flat
@@ -214,6 +214,16 @@ class Labelling:
         for _, part in parts:
             self._recorder.count(role, part.num_tokens, part.seconds)
         return [ref for ref, _ in parts]
+
+
+def _with(scored: Scored, others: Mapping[str, list[Ref]]) -> Scored:
+    """A slice with the columns of roles that are no rewards; none of a role where ``others`` has none."""
+    return replace(
+        scored,
+        ref_logprobs=others.get("ref_logprobs", []),
+        values=others.get("values", []),
+        policy_logprobs=others.get("policy_logprobs", []),
+    )
 
 
 def _failures(name: str, info: RewardInfo) -> Counter[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experience.table import Experience
-from tests.test_runs import ROOT, Troupe, check_done, rows
+from tests.running import ROOT, Troupe, check_done, rows
 
 FUNCTION = """\
 def tidy(response: str, faulty: bool) -> float:

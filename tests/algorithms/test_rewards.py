@@ -1,4 +1,4 @@
-"""Shaping of scores, and the reward of each token."""
+"""The reward of each token."""
 
 from __future__ import annotations
 
@@ -6,49 +6,8 @@ import pytest
 import torch
 
 from algorithms.errors import ShapeMismatch
-from algorithms.rewards import per_token_rewards, shape_scores
+from algorithms.rewards import per_token_rewards
 from tests.algorithms import slow
-
-SCORES = torch.tensor([7.0, -9.0, 1.0, 7.0])
-FINISHED = torch.tensor([True, True, True, False])
-
-
-@pytest.mark.parametrize(
-    ("clip", "replacement", "penalty", "expected"),
-    [
-        (None, None, 0.0, [7.0, -9.0, 1.0, 7.0]),
-        (5.0, None, 0.0, [5.0, -5.0, 1.0, 5.0]),
-        (None, -1.0, 0.0, [7.0, -9.0, 1.0, -1.0]),
-        (None, None, 2.0, [7.0, -9.0, 1.0, 5.0]),
-        # The clip is of the reward model's score: neither a replacement of -8 nor a penalty is clipped.
-        (5.0, -8.0, 0.0, [5.0, -5.0, 1.0, -8.0]),
-        (5.0, None, 2.0, [5.0, -5.0, 1.0, 3.0]),
-        (5.0, -8.0, 2.0, [5.0, -5.0, 1.0, -10.0]),
-        # A replacement of 0 is a replacement.
-        (None, 0.0, 0.0, [7.0, -9.0, 1.0, 0.0]),
-    ],
-)
-def test_scores_by_hand(clip: float | None, replacement: float | None, penalty: float, expected: list[float]) -> None:
-    got = shape_scores(SCORES, FINISHED, clip=clip, missing_eos_score=replacement, missing_eos_penalty=penalty)
-    assert got.tolist() == expected
-    assert SCORES.tolist() == [7.0, -9.0, 1.0, 7.0], "the column it was given may be shared memory"
-
-
-def test_scores_equal_slow_code() -> None:
-    source = torch.Generator().manual_seed(0)
-    scores_N = 5 * torch.randn(50, dtype=torch.float64, generator=source)
-    finished_N = torch.rand(50, generator=source) < 0.6
-    for clip in (None, 3.0):
-        for replacement in (None, -1.5):
-            for penalty in (0.0, 0.7):
-                got = shape_scores(
-                    scores_N, finished_N, clip=clip, missing_eos_score=replacement, missing_eos_penalty=penalty
-                )
-                expected = [
-                    slow.shape_score(score, finished, clip, replacement, penalty)
-                    for score, finished in zip(scores_N.tolist(), finished_N.tolist(), strict=True)
-                ]
-                torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_rewards_by_hand() -> None:
@@ -104,5 +63,3 @@ def test_refusals() -> None:
         per_token_rewards(two, two, torch.zeros(3), torch.tensor([0, 1, 2]), 0.1)
     with pytest.raises(ShapeMismatch, match=r"'scores': \(3,\), 'lengths': \(2,\)"):
         per_token_rewards(torch.zeros(3), two, two, torch.tensor([0, 1, 2]), 0.1)
-    with pytest.raises(ShapeMismatch, match="vectors of one length"):
-        shape_scores(two[:, None], FINISHED[:2], clip=None, missing_eos_score=None, missing_eos_penalty=0.0)

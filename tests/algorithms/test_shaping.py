@@ -11,7 +11,6 @@ from torch import Tensor
 
 from algorithms.errors import AlgorithmError, ShapeMismatch
 from algorithms.moments import RunningMoments
-from algorithms.rewards import shape_scores
 from algorithms.shaping import (
     clip_scores,
     length_penalty,
@@ -21,6 +20,7 @@ from algorithms.shaping import (
     repetition_penalty,
     replace_unfinished,
 )
+from tests.algorithms import slow
 
 SCORES = torch.tensor([7.0, -9.0, 1.0, 7.0])
 FINISHED = torch.tensor([True, True, True, False])
@@ -52,10 +52,17 @@ def test_terms_have_no_minus_zero() -> None:
     assert [str(term.item()) for term in terms] == ["0.0"] * 4
 
 
-def test_together_they_are_shape_scores() -> None:
-    expected = shape_scores(SCORES, FINISHED, clip=5.0, missing_eos_score=-8.0, missing_eos_penalty=2.0)
-    shaped = replace_unfinished(clip_scores(SCORES, -5.0, 5.0), FINISHED, -8.0) + missing_eos_penalty(FINISHED, 2.0)
-    assert torch.equal(shaped, expected)
+def test_together_in_their_usual_order() -> None:
+    """Neither a replacement nor a penalty is clipped."""
+    source = torch.Generator().manual_seed(0)
+    scores_N = 5 * torch.randn(50, dtype=torch.float64, generator=source)
+    finished_N = torch.rand(50, generator=source) < 0.6
+    replaced_N = replace_unfinished(clip_scores(scores_N, -5.0, 5.0), finished_N, -8.0)
+    expected = [
+        slow.shape_score(score, finished, 5.0, -8.0, 2.0)
+        for score, finished in zip(scores_N.tolist(), finished_N.tolist(), strict=True)
+    ]
+    assert (replaced_N + missing_eos_penalty(finished_N, 2.0)).tolist() == expected
 
 
 def test_overlong_equals_slow_code() -> None:

@@ -146,7 +146,7 @@ class TextReward:
         rows = [row for batch in rollouts for row in batch.to_pylist()]
         failed = [row for row in rows if self.fails(row["prompt_id"]) and row["sample_id"] % 2]
         failures = tuple(SampleFailure(row["sample_id"], row["prompt_id"], "raised", "", True) for row in failed)
-        scores = [math.nan if row in failed else 10.0 * columns[row["prompt_id"]]["even"] for row in rows]
+        scores = [math.nan if row in failed else 10.0 * bool(columns[row["prompt_id"]]["even"]) for row in rows]
         ids = [row["sample_id"] for row in rows]
         info = RewardInfo(len(rows), 0, 0.0, failures, {"raised": 3 * len(failures)}, 2 * len(failures))
         return make_batch(SCORES, {"sample_id": ids, "score": scores}), info
@@ -324,9 +324,9 @@ async def test_prompts_that_a_reward_failed_on_are_replaced_and_its_scores_are_a
         assert sum(row.get(name, 0) for row in rows) == total, name
     assert all("reward/even/failed" in row and "reward/scored/failed" not in row for row in rows)
     for row, prompts in zip(rows, run.policy.prompts, strict=True):
-        even = sum(10.0 * (1 - prompt % 2) for prompt in prompts) / NUM_PROMPTS
-        assert row["reward/scored"] == 0.5 and row["reward/even"] == even
-        assert row["reward/combined"] == row["experience/score"] == 0.5 + 0.5 * even
+        mean = sum(10.0 * (1 - prompt % 2) for prompt in prompts) / NUM_PROMPTS
+        assert row["reward/scored"] == 0.5 and row["reward/even"] == mean
+        assert row["reward/combined"] == row["experience/score"] == 0.5 + 0.5 * mean
     # Moments are of all scores of the run, and in its checkpoint.
     assert run.state.moments["scale"].count == 24
     again = OnlineState.read(run.config, run.store, run.store.latest() or tmp_path)
