@@ -26,6 +26,7 @@ from launch.evaluation_state import Best, EvaluationState
 from launch.fleet import Generated, RolloutFleet
 from launch.labelling import Labelling
 from launch.online_state import OnlineState
+from launch.reward_rules import UNNAMED
 from launch.roles import OnlineRoles
 from launch.settings import EvaluationSettings
 from launch.tasks import task_group
@@ -52,7 +53,7 @@ class Evaluation:
         self._roles = roles
         self._labelling = labelling
         self._folder = folder
-        self._rewards = tuple(config.rewards)
+        self._rewards = tuple(name for name in config.score_names if name != UNNAMED)
         self._temperature = sampling.temperature if settings.temperature is None else settings.temperature
         self._prompts: tuple[Ref, BatchInfo] | None = None
         self._fleet = RolloutFleet(

@@ -47,8 +47,8 @@ def slow_advantages(name: str, rewards: list[list[float]], prompts: list[int], b
     """Of every token, by the definitions."""
     totals = [sum(row) for row in rewards]
     match name:
-        case "grpo" | "dr_grpo" | "rloo":
-            each = slow_by_group(name, totals, prompts)
+        case "grpo" | "dr_grpo" | "rloo" | "turn_grpo":  # of one turn each, the last is the first
+            each = slow_by_group(name.removeprefix("turn_"), totals, prompts)
         case "remax" | "initial_baseline":
             each = [total - baseline for total, baseline in zip(totals, baselines, strict=True)]
         case "reinforce_plus_plus":

@@ -69,10 +69,10 @@ async def test_turns_and_words_alternate_and_tokens_only_grow() -> None:
     assert [turn.start for turn in answer.turns] == [3, 8, 13]
     assert [turn.reward for turn in answer.turns] == [1.0, 2.0, 3.0]
     assert [asked for asked, _, _ in engine.asked] == [list(answer.tokens[:end]) for end in (3, 8, 13)]
-    row = join([rollout_rows([answer])]).row(0)
-    assert row["turn_starts"].tolist() == [3, 8, 13] and row["turn_ends"].tolist() == [5, 10, 15]
-    assert row["rollout_logprobs"].tolist() == [-20, -1, -21, -1, -22, -1]
-    assert row["policy_versions"].tolist() == [7] * 6
+    [row] = join([rollout_rows([answer])]).table.to_pylist()
+    assert row["turn_starts"] == [3, 8, 13] and row["turn_ends"] == [5, 10, 15]
+    assert row["rollout_logprobs"] == [-20, -1, -21, -1, -22, -1]
+    assert row["policy_versions"] == [7] * 6
 
 
 async def test_the_environment_reads_a_turns_text_without_its_eos() -> None:
