@@ -110,14 +110,14 @@ def slow_turn_grpo(episodes: list[Episode], gamma: float) -> list[list[float]]:
             row.append(later)
         returns.append(row[::-1])
     found = []
-    for row, episode in enumerate(episodes):
+    for place, episode in enumerate(episodes):
         advantages = []
         for turn, (length, _) in enumerate(episode):
             group = [returns[other][turn] for other in range(len(episodes))
-                     if other // 2 == row // 2 and turn < len(returns[other])]  # fmt: skip
+                     if other // 2 == place // 2 and turn < len(returns[other])]  # fmt: skip
             mean = sum(group) / len(group)
             spread = (sum((one - mean) ** 2 for one in group) / max(1, len(group) - 1)) ** 0.5
-            advantages += [(returns[row][turn] - mean) / (spread + 1e-6)] * length
+            advantages += [(returns[place][turn] - mean) / (spread + 1e-6)] * length
         found.append(advantages)
     return found
 

@@ -16,8 +16,7 @@ from cluster.context import RankContext
 from experience.schema import make_batch
 from launch.config import OnlineRunConfig
 from launch.configfile import load
-from launch.errors import ConfigError
-from launch.online import RewardsDown
+from launch.errors import ConfigError, RewardsDown
 from launch.paths import resolve_rollout
 from tests.launch.test_online_driver import NUM_PROMPTS, ROOT, Engine, Group, Run, nothing_travels
 
@@ -54,7 +53,7 @@ def episodes(tmp_path: Path, fails: Any) -> Run:
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", 1, None, 0)
     credit = CreditActor(context, config.algorithm, config.rollout.max_drawn_tokens, config.score_names, config.total)
     run.engine = Episodes(2)
-    run.engine.fails = fails  # type: ignore[attr-defined]
+    run.engine.fails = fails
     run.roles = replace(run.roles, rollout=Group(run.engine), credit=Group(credit))  # type: ignore[arg-type]
     return run
 
@@ -106,7 +105,7 @@ def test_rules(words: list[str], message: str) -> None:
 
 
 def test_a_path_that_names_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="write package.module:Class or path/to/file.py:Class"):
+    with pytest.raises(ConfigError, match=r"write package\.module:Class or path/to/file\.py:Class"):
         config("rollout.environment={path: games.py, max_turns: 2, max_tokens: 40}")
     monkeypatch.setenv("TROUPE_HOME", "/home/of/runs")
     words = (EPISODES[0], "rollout.environment={path: my/games.py:C, max_turns: 2, max_tokens: 40}")
