@@ -29,6 +29,10 @@ def per_token_rewards(
     number: no gradient flows through the reward. The score lands on the last real token (OpenRLHF), not one past it
     (TRL).
 
+    >>> behaviour, reference = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.0, -3.0, -2.0])
+    >>> per_token_rewards(torch.tensor([5.0]), behaviour, reference, torch.tensor([0, 3]), 0.5)
+    tensor([-0.0000, -0.5000,  4.5000])
+
     Raises:
         ShapeMismatch: lengths differ, or a sample has no response token to carry its score.
     """
