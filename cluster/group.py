@@ -43,7 +43,7 @@ STREAM_AHEAD = 2
 #: Of a stream's next item Ray can say without fetching it only whether it is there: asked this often, at most.
 STREAM_POLL_S = 0.02
 #: After a failure, how long a process that died may take to be noticed: its peers often complain before Ray does.
-DEATH_NOTICE_S = 0.3
+DEATH_NOTICE_S = 1.5
 ASYNC_CALLS = 1000
 LOG_TAIL_BYTES = 4000
 

@@ -241,7 +241,7 @@ async def test_a_killed_rank_is_named_not_its_peer(stage: Stage) -> None:
     started = time.monotonic()
     with pytest.raises(RoleFailed) as failed:
         await group.call(Worker.die, 1)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert failed.value.rank == 1
     assert str(pid) in str(failed.value)
 
