@@ -59,7 +59,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -358,27 +358,21 @@ def write_data(
         ),
     )
 
-    # From a generator of their own, so that all other files are what they are without them.
-    ranking_rng = random.Random(f"rankings {seed}")
-    ranking_source = source.beside(ranking_rng)
-    write_json_lines(
-        directory / "rankings_heldout.jsonl",
-        (ranking(row, ranking_rng) for row in preferences_heldout),
-    )
-    write_json_lines(
-        directory / "rankings.jsonl",
-        (ranking(ranking_source.draw(), ranking_rng) for _ in range(sizes.rankings)),
-    )
-    judgement_rng = random.Random(f"judgements {seed}")
-    judgement_source = source.beside(judgement_rng)
-    write_json_lines(
-        directory / "judgements_heldout.jsonl",
-        (judgement(row, judgement_rng) for row in preferences_heldout),
-    )
-    write_json_lines(
-        directory / "judgements.jsonl",
-        (judgement(judgement_source.draw(), judgement_rng) for _ in range(sizes.rankings)),
-    )
+    # Each from a generator of its own, so that all other files are what they are without it.
+    makers: dict[str, Callable[[Sequence[int], random.Random], dict[str, object]]] = {
+        "rankings": ranking, "judgements": judgement
+    }
+    for name, make in makers.items():
+        own_rng = random.Random(f"{name} {seed}")
+        own_source = source.beside(own_rng)
+        write_json_lines(
+            directory / f"{name}_heldout.jsonl",
+            [make(row, own_rng) for row in preferences_heldout],
+        )
+        write_json_lines(
+            directory / f"{name}.jsonl",
+            [make(own_source.draw(), own_rng) for _ in range(sizes.rankings)],
+        )
 
 
 # --------------------------------------------------------------------------------------------
