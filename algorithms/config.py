@@ -27,7 +27,7 @@ class KLConfig(_Frozen):
     )
     placement: Literal["reward", "loss"] = Field(
         "reward", description="Part of the reward, as a number (InstructGPT), or a term of the loss, with a gradient "
-        "(GRPO; REINFORCE++ with baseline)."
+        "(GRPO and its kin; REINFORCE++ with baseline)."
     )
     estimator: Literal["k1", "k2", "k3"] | None = Field(
         None, description="How a token's KL is estimated; none: k1 in the reward, k3 in the loss (REINFORCE++ with "

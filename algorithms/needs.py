@@ -61,7 +61,12 @@ BUILT_IN: Mapping[str, Needs] = {
         keys=frozenset({"gamma"}),
         defaults={"normalise": "sequences", "kl": {"placement": "loss", "coefficient": 0.04}},
     ),
-    "dr_grpo": Needs(groups=True, keys=_NONE, defaults={"normalise": "constant", "kl": {"coefficient": 0.0}}),
+    # Without a KL penalty; where one is asked for it is GRPO's, whatever the reference is.
+    "dr_grpo": Needs(
+        groups=True,
+        keys=_NONE,
+        defaults={"normalise": "constant", "kl": {"placement": "loss", "coefficient": 0.0}},
+    ),
     "rloo": Needs(groups=True, keys=_WHITENED),
     "reinforce_plus_plus": Needs(keys=frozenset({"gamma", "whiten_rewards"})),
     "reinforce_plus_plus_baseline": Needs(

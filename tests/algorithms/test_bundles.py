@@ -48,6 +48,8 @@ def test_defaults_are_the_algorithms_own_and_what_is_said_stays() -> None:
     changed = OnlineConfig.model_validate({"name": "grpo", "kl": {"coefficient": 0.5}, "normalise": "tokens"})
     assert (changed.kl.placement, changed.kl.coefficient, changed.normalise) == ("loss", 0.5, "tokens")
     assert OnlineConfig(name="dr_grpo").kl.coefficient == 0
+    with_kl = OnlineConfig.model_validate({"name": "dr_grpo", "kl": {"coefficient": 0.1}})
+    assert (with_kl.kl.placement, with_kl.kl.in_loss, with_kl.kl.estimator_used) == ("loss", True, "k3")
     assert OnlineConfig(name="reinforce_plus_plus_baseline").kl.estimator_used == "k2"
     for name in BUILT_IN:
         config = OnlineConfig(name=name)

@@ -214,6 +214,10 @@ def test_a_kl_penalty_has_a_reference_or_an_adapter() -> None:
     config = load(EXAMPLES / "methods" / "dr_grpo.yaml", [*with_kl, "policy.tuning={method: lora}"])
     assert isinstance(config, OnlineRunConfig) and config.policy_is_reference
     assert config.placements().keys() == {"policy", "reward", "rollout", "credit", "source"}
+    # Who the reference is does not move the penalty.
+    role = load(EXAMPLES / "methods" / "dr_grpo.yaml", [*with_kl, "reference={model: {path: m}}"])
+    assert isinstance(role, OnlineRunConfig) and not role.policy_is_reference
+    assert config.algorithm.kl == role.algorithm.kl and config.algorithm.kl.in_loss
 
 
 def test_what_compares_responses_has_several() -> None:
