@@ -31,9 +31,9 @@ from actors.credit_columns import CreditColumns, read_columns
 from actors.rewards.combination import COMBINED, Total
 from actors.rewards.combination_config import TotalConfig
 from actors.rollout import RolloutInfo
-from actors.score_columns import UNNAMED, Totals, safety_prompts
+from actors.score_columns import ENVIRONMENT, UNNAMED, Totals, safety_prompts
 from actors.selection import baseline_column, prompts_without_signal, rows_of_prompts
-from actors.turn_credit import environment_scores, environment_weight, moved_to_turns
+from actors.turn_credit import environment_scores, moved_to_turns
 from algorithms.advantages import whiten
 from algorithms.bundles import CreditInputs, algorithm_of
 from algorithms.config import OnlineConfig
@@ -152,7 +152,9 @@ class CreditActor:
         scores_of = self._totals.read(scores, table.column("sample_id"))
         total = self._totals.of(table, scores_of, moments)
         rewards_T = self._rewards(columns, total.scores_N, kl_coefficient)
-        rewards_T = rewards_T + moved_to_turns(table, columns.offsets, environment_weight(self._total))
+        if ENVIRONMENT in scores_of:
+            weights_N = self._totals.weights(ENVIRONMENT, table, scores_of, moments)
+            rewards_T = rewards_T + moved_to_turns(table, columns.offsets, weights_N)
         inputs = self._inputs(columns, rewards_T)
         advantages_T, returns_T = self._algorithm.credit(inputs)
         weights_T, corrected = self._weights(columns)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actors.credit_columns import NotFinite
 from actors.rewards.combination import COMBINED, Responses, Total, total_scores
-from actors.rewards.combination_config import PiecewiseConfig, RepetitionConfig, TotalConfig
+from actors.rewards.combination_config import LinearConfig, PiecewiseConfig, RepetitionConfig, TotalConfig
 from actors.rewards.rows import tagged
 from algorithms.moments import RunningMoments
 from experience.schema import SCORES, SchemaError, check_schema, make_batch, require_same_rows
@@ -30,6 +30,8 @@ Batches = Sequence[pa.RecordBatch]
 
 #: The only reward of a run, where the configuration gives it no name.
 UNNAMED = "reward"
+#: The sum of what an environment gave stands among the rewards under this name.
+ENVIRONMENT = "environment"
 #: Stands among the rewards where prompts of safety are tagged: 1 for a sample of such a prompt, else 0.
 SAFETY_PROMPTS = "safety_prompts"
 
@@ -112,6 +114,27 @@ class Totals:
             AlgorithmError: the configuration is of other rewards.
         """
         return _total(self._config, table, scores, self._max_response_tokens, moments)
+
+    def weights(
+        self,
+        name: str,
+        table: pa.Table,
+        scores: Mapping[str, Tensor],
+        moments: Mapping[str, RunningMoments] | None = None,
+    ) -> Tensor:
+        """What one more of a reward adds to each sample's shaped score (N,): the score's derivative by it.
+
+        With rewards that are added up it is the reward's weight, over the deviation where scores are normalised, and 0
+        where a clip or a truncation puts another number in the score's place. Without: 0.
+
+        Args:
+            moments: as ``of`` was given them.
+        """
+        own_N = scores[name].detach().clone().requires_grad_()
+        if not isinstance(self._config.combine, LinearConfig):
+            return torch.zeros_like(own_N)
+        shaped_N = self.of(table, {**scores, name: own_N}, moments).scores_N
+        return torch.autograd.grad(shaped_N.sum(), own_N)[0]
 
     def combined(self, table: pa.Table, scores: Mapping[str, Tensor]) -> Tensor:
         """What the rewards come to (N,) before anything looks at length, form, or other samples."""

@@ -11,8 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.rewards.combination_config import LinearConfig, TotalConfig
-from algorithms.packed import sample_sums
+from algorithms.packed import sample_sums, spread
 from experience.schema import ROLLOUT, SCORES, check_schema, make_batch
 from experience.tensors import list_column, scalar_column
 from experience.turns import Turns
@@ -28,14 +27,7 @@ def environment_scores(rollouts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return make_batch(SCORES, {"sample_id": ids.tolist(), "score": scores_N.float().tolist()})
 
 
-def environment_weight(total: TotalConfig) -> float:
-    """What a turn's reward counts in the score. Where that is no sum, turns have no part in it of their own: 0."""
-    if not isinstance(total.combine, LinearConfig):
-        return 0.0
-    return total.combine.weights.get("environment", 1.0)
-
-
-def moved_to_turns(table: pa.Table, offsets: Tensor, weight: float) -> Tensor:
+def moved_to_turns(table: pa.Table, offsets: Tensor, weights_N: Tensor) -> Tensor:
     """What to add to rewards (T,) so that each turn's reward stands on that turn's last token.
 
     All of the score stands on the sample's last token before that; the sum over a sample stays what it is.
@@ -43,13 +35,13 @@ def moved_to_turns(table: pa.Table, offsets: Tensor, weight: float) -> Tensor:
     Args:
         table: joined rollouts; where they have no turn rewards nothing moves.
         offsets: (N+1,), where samples begin and end among the T tokens.
-        weight: of the environment in the score.
+        weights_N: by how much the environment's reward counts in each sample's score (``Totals.weights``).
     """
     rewards = list_column(table, "turn_rewards")
     moved_T = torch.zeros(int(offsets[-1]), dtype=torch.float64)
     if not len(rewards.values):
         return moved_T
-    rewards_U = rewards.values.double() * weight
+    rewards_U = rewards.values.double() * spread(weights_N, rewards.offsets)
     ends_U = Turns.of_rollouts(table).turn_offsets[1:]
     moved_T = moved_T.index_add(0, ends_U - 1, rewards_U)
     return moved_T.index_add(0, offsets[1:] - 1, -sample_sums(rewards_U, rewards.offsets))

@@ -82,6 +82,38 @@ def test_rewards_stand_on_the_last_tokens_of_turns_by_hand() -> None:
     assert found == [[1 + (8 + 10) / 4, 2 + (8 + 10) / 2, 18.0], [6.0]]
 
 
+@pytest.mark.parametrize(
+    ("shaping", "on_turns"),
+    [
+        ({"scale": {"kind": "normalise", "mean": 1.0, "std": 4.0}}, [[0.25, 1.0 + 2.25], [-0.5 + 2.25]]),
+        # Of 15 and 8 over the run so far: mean 11.5, deviation 3.5.
+        ({"scale": {"kind": "normalise", "by": "running"}}, [[1 / 3.5, 1 - 1 / 3.5], [-1.0]]),
+        (
+            {"own": {"kind": "normalise", "reward": "environment", "std": 2.0}, "eos": {"kind": "clip", "high": 99}},
+            [[0.5, 2.0 + 10.0], [-1.0 + 10.0]],
+        ),
+        # The first is over the bound: a number of its own stands there, and no turn has a part in it.
+        ({"bounds": {"kind": "clip", "high": 12.0}}, [[0.0, 12.0], [-2.0 + 10.0]]),
+        ({"bounds": {"kind": "clip", "high": 2.0, "reward": "environment"}}, [[0.0, 2.0 + 10.0], [-2.0 + 10.0]]),
+        ({"long": {"kind": "length", "penalty_per_token": 0.5}}, [[1.0, 4.0 + 10.0 - 1.5], [-2.0 + 10.0 - 0.5]]),
+    ],
+    ids=["constants", "running", "of the environment", "clipped", "clipped alone", "length"],
+)
+def test_a_turns_reward_is_shaped_as_the_score_is(shaping: dict[str, Any], on_turns: list[list[float]]) -> None:
+    """Another reward of 10 stands on the sample's last token. Sums over a sample are the shaped score."""
+    settings = {"name": "ppo", "gae_lambda": 1.0, "whiten_advantages": False, "kl": {"coefficient": 0}}
+    found, report = assign(BY_HAND, settings, [[0.0] * 3, [0.0]], shaping=shaping)
+    (first, last), (only,) = on_turns
+    assert [number for row in found for number in row] == pytest.approx([first + last, first + last, last, only])
+    assert report.metrics["experience/shaped_score"] == pytest.approx((first + last + only) / 2)
+
+
+def test_turns_have_no_part_in_what_is_no_sum() -> None:
+    settings = {"name": "ppo", "gae_lambda": 1.0, "whiten_advantages": False, "kl": {"coefficient": 0}}
+    rule = {"kind": "gated", "score": "environment", "gate": "other", "threshold": 0.0}
+    assert assign(BY_HAND, settings, [[0.0] * 3, [0.0]], combine=rule)[0] == [[5.0] * 3, [-2.0]]
+
+
 def random_episodes(seed: int, num: int = 6) -> list[Episode]:
     source = random.Random(seed)
     return [[(source.randint(1, 4), source.uniform(-1, 1)) for _ in range(source.randint(1, 4))] for _ in range(num)]
