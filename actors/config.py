@@ -309,6 +309,11 @@ class RolloutConfig(PlacementConfig):
         longest = self.sampling.max_response_tokens
         return longest if self.environment is None else min(longest * self.environment.max_turns, self.max_new_tokens)
 
+    @property
+    def sample_sampling(self) -> SamplingConfig:
+        """``sampling`` of whole samples: their longest response is all that the policy draws, in all turns."""
+        return self.sampling.model_copy(update={"max_response_tokens": self.max_drawn_tokens})
+
     @field_validator("tensor_parallel_size")
     @classmethod
     def _power(cls, value: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from actors.config import RolloutConfig
 from actors.rewards.config import AnyReward
 from data.config import DataConfig
 from launch.errors import Problem
-from launch.reward_rules import NAME, OTHER_NAMES, by_role, columns_of
+from launch.reward_rules import NAME, OTHER_NAMES, UNNAMED, by_role, columns_of, reward_names
 from launch.settings import EvaluationSettings
 
 
@@ -38,12 +39,15 @@ def checked_columns_are_kept(data: DataConfig, evaluation: EvaluationSettings | 
 
 
 def best_is_measured(
-    reward: AnyReward | None, rewards: dict[str, AnyReward], evaluation: EvaluationSettings | None
+    reward: AnyReward | None,
+    rewards: dict[str, AnyReward],
+    rollout: RolloutConfig,
+    evaluation: EvaluationSettings | None,
 ) -> Iterator[Problem]:
     """What the best checkpoint is looked for by is measured."""
     if evaluation is None or (by := evaluation.best_by) is None:
         return
-    names = evaluation.metric_names(tuple(rewards))
+    names = evaluation.metric_names([name for name in reward_names(reward, rewards, rollout) if name != UNNAMED])
     if by.metric not in names:
         more = "" if evaluation.threshold is not None else "; pass_at_1 needs evaluation.threshold"
         yield Problem("evaluation.best_by.metric", f"{by.metric} is not measured", f"one of {', '.join(names)}{more}")

@@ -147,9 +147,8 @@ async def online_roles(config: OnlineRunConfig, log_dir: Path) -> AsyncIterator[
             if config.pretraining_data is not None:
                 text = (resolve_data(config.pretraining_data), "examples", policy.model, seed, True)
                 mixed_in = starting.create_task(start(SourceActor, "pretraining_source", text))
-            learned = starting.create_task(
-                start(PolicyActor, "policy", (policy, algorithm, sampling, seed, num_iterations))
-            )
+            learnt = (policy, algorithm, config.rollout.sample_sampling, seed, num_iterations)
+            learned = starting.create_task(start(PolicyActor, "policy", learnt))
             valued = referred = None
             if critic is not None:
                 valued = starting.create_task(start(CriticActor, "critic", (critic, algorithm, seed, num_iterations)))

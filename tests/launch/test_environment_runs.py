@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from launch.config import OnlineRunConfig
 from launch.configfile import load
 from launch.errors import ConfigError, RewardsDown
 from launch.paths import resolve_rollout
+from launch.roles import online_roles
 from tests.launch.test_online_driver import NUM_PROMPTS, ROOT, Engine, Group, Run, nothing_travels
 
 __all__ = ["nothing_travels"]
@@ -102,6 +105,33 @@ def test_the_environment_is_a_reward() -> None:
 def test_rules(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(*EPISODES, *words)
+
+
+def test_what_an_environment_gives_can_be_what_is_the_best() -> None:
+    measured = ("data.heldout=a.jsonl", "evaluation={best_by: {metric: environment/score}}")
+    assert config(*EPISODES, *measured).evaluation is not None
+    with pytest.raises(ConfigError, match=r"environment/score is not measured"):
+        config(*measured)
+
+
+async def test_a_policys_longest_sample_is_all_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which `normalise: constant` divides; the engines' longest response stays that of one turn."""
+    given: dict[str, tuple[Any, ...]] = {}
+
+    @asynccontextmanager
+    async def starter(*_: object) -> AsyncIterator[Any]:
+        async def start(role_class: object, role: str, args: tuple[Any, ...]) -> Any:
+            given[role] = args
+
+        yield start
+
+    monkeypatch.setattr("launch.roles._starter", starter)
+    for words, longest in ((EPISODES, 20), ((), 10)):
+        async with online_roles(config(*words), tmp_path):
+            pass
+        _, algorithm, sampling, *_ = given["policy"]
+        assert algorithm.normalise == "constant" and sampling.max_response_tokens == longest
+        assert given["rollout"][0].sampling.max_response_tokens == 10
 
 
 def test_a_path_that_names_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
