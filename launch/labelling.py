@@ -227,6 +227,7 @@ def _with(scored: Scored, others: Mapping[str, list[Ref]]) -> Scored:
 
 
 def _failures(name: str, info: RewardInfo) -> Counter[str]:
-    """Metrics of what went wrong: samples without a score of their own, in all and by reason, and further tries."""
+    """Metrics of what went wrong: samples without a score of their own, failed tries and further ones, by reason."""
     counts = Counter({f"reward/{name}/failed_{reason}": count for reason, count in info.num_failures.items()})
+    counts += Counter({f"reward/{name}/tries_failed_{reason}": n for reason, n in info.num_failed_tries.items()})
     return counts + Counter({f"reward/{name}/failed": len(info.failures), f"reward/{name}/retried": info.num_retried})

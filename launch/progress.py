@@ -79,6 +79,7 @@ class Progress:
 
     def _line(self, values: Mapping[str, float]) -> str:
         told = [f"{label} {values[name]:{form}}" for label, name, form in HEADLINES if name in values]
+        told += _failures(values)
         speed = [f"{name.removeprefix('tokens_per_s/')} {values[name]:,.0f} tok/s" for name in _speeds(values)]
         return f"{self._stage} {self._step}/{self._num_steps}, {self._left()} left: {', '.join([*told, *speed])}"
 
@@ -109,8 +110,20 @@ class Progress:
         rows = Table.grid()
         rows.add_row(ProgressBar(total=self._num_steps, completed=self._step, width=60))
         rows.add_row(columns)
+        for failure in _failures(values):
+            rows.add_row(failure)
         title = f"{self._stage}: step {self._step} of {self._num_steps}, {self._left()} left"
         return Panel(rows, title=title, title_align="left")
+
+
+def _failures(values: Mapping[str, float]) -> list[str]:
+    """What rewards failed on in this step, by the metrics of ``launch.labelling``; nothing where nothing did."""
+    told = []
+    for metric, what in (("failed", "without a score"), ("retried", "tried again")):
+        for name in sorted(values):
+            if name.startswith("reward/") and name.endswith(f"/{metric}") and values[name]:
+                told.append(f"{name.split('/')[1]}: {values[name]:.0f} samples {what}")
+    return told
 
 
 def _speeds(values: Mapping[str, float]) -> list[str]:

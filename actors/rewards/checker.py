@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from actors.rewards.checkers import checker_of
 from actors.rewards.config import CheckerRewardConfig
-from actors.rewards.face import Answer, RewardSample
+from actors.rewards.face import Answer, RewardSample, TextReward
 from actors.rewards.workers import WorkerPool
 
 
-class CheckerReward:
+class CheckerReward(TextReward):
     """A built-in checker.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from actors.errors import RewardError
 from actors.rewards.config import CodeRewardConfig
-from actors.rewards.face import JSON, Answer, Reason, RewardFailure, RewardSample
+from actors.rewards.face import JSON, Answer, Reason, RewardFailure, RewardSample, TextReward
 from actors.rewards.fences import last_fenced
 from actors.rewards.sandbox import Run, Sandbox
 
@@ -35,7 +35,7 @@ class OutputTest:
 Test = ProgramTest | OutputTest
 
 
-class CodeReward:
+class CodeReward(TextReward):
     """The share of a row's tests that a response's code passes, or whether it passes all.
 
     Raises:

@@ -7,9 +7,12 @@ Nygard, Release It!, 2007).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,9 +55,18 @@ class Endpoints:
         """The request is over. ``answered`` is false where the endpoint is to blame."""
         endpoint = next(endpoint for endpoint in self._endpoints if endpoint.url == url)
         endpoint.num_in_flight -= 1
+        if answered and endpoint.num_failures >= self._num_failures_to_open:
+            logger.info("%s answers again", url)
         endpoint.num_failures = 0 if answered else endpoint.num_failures + 1
         if endpoint.num_failures >= self._num_failures_to_open:
             endpoint.retry_at = self._clock() + self._cooldown_s
+        if not answered and endpoint.num_failures == self._num_failures_to_open:
+            logger.warning(
+                "%s failed %d times in a row: it is left alone, and tried every %g s",
+                url,
+                endpoint.num_failures,
+                self._cooldown_s,
+            )
 
     def wait_s(self) -> float:
         """How long until an endpoint may be tried; 0 where one may be now."""

@@ -2,15 +2,15 @@
 
 Invariants:
 
-- There is one answer for each sample, in the order of the samples: a finite number or a ``RewardFailure``. A failure
-  is never written as a number, and no answer is None.
+- There is one answer for each sample, in the order of the samples: a number that is finite in float32, or a
+  ``RewardFailure``. A failure is never written as a number, and no answer is None.
 - A wrong answer of the policy is a score; a failure is of the reward. What would go wrong in the same way for every
   sample (a file that is missing, a column that nobody keeps) raises ``RewardError`` instead.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +20,8 @@ from typing import Protocol, TypeAlias
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 LONGEST_DETAIL = 300
+#: Columns of scores are float32: what is beyond would be infinite there.
+LARGEST_SCORE = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ Answer: TypeAlias = float | RewardFailure
 
 
 class TextReward(Protocol):
-    """Whatever scores text."""
+    """Whatever scores text. Rewards name it as their base."""
 
     async def score(self, samples: Sequence[RewardSample]) -> list[Answer]:
         """One answer for each sample, in their order.
@@ -80,23 +82,31 @@ class TextReward(Protocol):
         """End what it started. It may be used again: that starts it anew."""
         ...
 
+    def take_failed_tries(self) -> Counter[str]:
+        """Samples by the reason why they were tried again within ``score``, each time counted, since the last call."""
+        return Counter()
+
 
 def checked(value: object) -> Answer:
-    """What a reward returned, as a score: any real number that is finite; True is 1 and False 0.
+    """What a reward returned, as a score: any real number that is finite in float32; True is 1 and False 0.
+
+    Arrays and tensors without a dimension, and numpy's truth values, count as the number in them.
 
     >>> checked(True), checked(0.5)
     (1.0, 0.5)
     >>> checked(None).reason, checked(float("nan")).reason
     (<Reason.WRONG_TYPE: 'wrong_type'>, <Reason.NOT_FINITE: 'not_finite'>)
     """
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]
     if not isinstance(value, Real):
         return RewardFailure(Reason.WRONG_TYPE, f"it is {type(value).__name__}: {value!r}; a number is expected")
     try:
         number = float(value)
     except OverflowError:
         return RewardFailure(Reason.NOT_FINITE, "it is an integer too large for a float")
-    if not math.isfinite(number):
-        return RewardFailure(Reason.NOT_FINITE, f"it is {number}")
+    if not abs(number) <= LARGEST_SCORE:
+        return RewardFailure(Reason.NOT_FINITE, f"it is {number}; a score is at most {LARGEST_SCORE} either way")
     return number
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.errors import EngineDead, RewardError, RolloutError
 from actors.models import load_tokenizer
 from actors.rewards.config import JudgeRewardConfig, LabelsConfig
-from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, checked
+from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, TextReward, checked
 from actors.rollout import engine_environment
 from cluster.context import RankContext
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-class JudgeReward:
+class JudgeReward(TextReward):
     """A judge on a vLLM engine of this process's own.
 
     Raises:

@@ -24,7 +24,8 @@ class Scored:
 
     ``scores`` holds None where a sample is to be dropped; ``failures`` the last failure of every sample that never got
     a score of its own, by its place. ``num_failed_tries`` counts all failures by reason, those that a later try made
-    good included; ``num_retried`` the samples tried again, once for each time.
+    good included; ``num_retried`` the samples tried again, once for each time. Tries that the reward itself made are
+    among both.
     """
 
     scores: list[float | None]
@@ -53,6 +54,9 @@ async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample]
         tries.update(_reasons(again))
         tried = dict(zip(failed, again, strict=True))
         answers = [tried.get(at, answer) for at, answer in enumerate(answers)]
+    inner = reward.take_failed_tries()
+    tries.update(inner)
+    num_retried += inner.total()
     failures = {at: answer for at, answer in enumerate(answers) if isinstance(answer, RewardFailure)}
     instead = None if config.on_failure == "drop" else float(config.on_failure)
     scores = [instead if isinstance(answer, RewardFailure) else answer for answer in answers]

@@ -5,6 +5,7 @@ Invariants:
 - A request is sent ``num_attempts`` times at most, to whichever endpoint has the least to do; the wait before each
   further attempt is drawn from a range that doubles.
 - An endpoint that answers by something other than the protocol is treated as one that does not answer.
+- Every request that is sent again is counted, and told in the log with what the endpoint did.
 - What an endpoint says is wrong with one sample is that sample's failure, and no other's.
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +25,9 @@ import aiohttp
 from actors.errors import RewardError
 from actors.rewards.config import HttpRewardConfig
 from actors.rewards.endpoints import Endpoints
-from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, checked, to_json
+from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, TextReward, checked, to_json
+
+logger = logging.getLogger(__name__)
 
 OVERLOADED, SERVER_ERRORS = 429, 500
 
@@ -37,7 +42,7 @@ class _Fault:
     wait_s: float = 0.0
 
 
-class HttpReward:
+class HttpReward(TextReward):
     """A service with one or several endpoints.
 
     Raises:
@@ -56,6 +61,7 @@ class HttpReward:
         )
         self._slots = asyncio.Semaphore(config.num_concurrent)
         self._session: aiohttp.ClientSession | None = None
+        self._failed_tries = Counter[str]()
 
     async def score(self, samples: Sequence[RewardSample]) -> list[Answer]:
         """One answer for each sample."""
@@ -73,12 +79,20 @@ class HttpReward:
             await self._session.close()
             self._session = None
 
+    def take_failed_tries(self) -> Counter[str]:
+        """Samples of requests that were sent again, by reason, since the last call."""
+        taken, self._failed_tries = self._failed_tries, Counter()
+        return taken
+
     async def _batch(self, session: aiohttp.ClientSession, samples: Sequence[RewardSample]) -> list[Answer]:
         body = json.dumps({"samples": [to_json(sample) for sample in samples]}).encode()
         config = self._config
         fault = _Fault(RewardFailure(Reason.UNREACHABLE))
         for attempt in range(config.num_attempts):
             if attempt:
+                self._failed_tries[str(fault.failure.reason)] += len(samples)
+                if fault.blamed:
+                    logger.warning("%s; %d samples are sent again", fault.failure.detail, len(samples))
                 longest = min(config.max_backoff_s, config.backoff_s * 2 ** (attempt - 1))
                 await asyncio.sleep(max(random.uniform(0, longest), fault.wait_s))
             found = await self._attempt(session, body, len(samples))
@@ -96,7 +110,8 @@ class HttpReward:
             url = self._endpoints.take()
             if url is None:
                 why = "every endpoint has failed too often, and is left alone for a while"
-                return _Fault(RewardFailure(Reason.UNREACHABLE, why), wait_s=self._endpoints.wait_s())
+                wait_s = self._endpoints.wait_s()
+                return _Fault(RewardFailure(Reason.UNREACHABLE, why), blamed=False, wait_s=wait_s)
             answered = False
             try:
                 found = await _post(session, url, body, num_samples, self._config.max_backoff_s)

@@ -319,7 +319,7 @@ async def test_prompts_that_a_reward_failed_on_are_replaced_and_its_scores_are_a
     rows = run.recorder.rows
     for name, total in {
         "experience/dropped_prompts": 3, "dropped/reward_raised": 3, "reward/even/failed": 3,
-        "reward/even/failed_raised": 3, "reward/even/retried": 6,
+        "reward/even/failed_raised": 3, "reward/even/tries_failed_raised": 9, "reward/even/retried": 6,
     }.items():
         assert sum(row.get(name, 0) for row in rows) == total, name
     assert all("reward/even/failed" in row and "reward/scored/failed" not in row for row in rows)

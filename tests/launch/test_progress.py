@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 from rich.console import Console
 
@@ -18,11 +19,14 @@ VALUES = {
 }
 
 
-def shown(terminal: bool, steps: list[int], log_every: int = 1) -> str:
+FAILURES = {"reward/tidy/failed": 2.0, "reward/tidy/failed_raised": 2.0, "reward/served/retried": 32.0}
+
+
+def shown(terminal: bool, steps: list[int], log_every: int = 1, values: Mapping[str, float] = VALUES) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
     with Progress("ppo", 10, log_every=log_every, console=console) as progress:
         for step in steps:
-            progress.update(step, VALUES)
+            progress.update(step, values)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -47,3 +51,11 @@ def test_a_live_panel_on_a_terminal() -> None:
     assert "ppo: step 3 of 10" in text
     for part in ("score", "1.234", "rollout", "5,000 tok/s", "checkpoint", "25%"):
         assert part in text
+
+
+def test_what_rewards_failed_on_is_shown() -> None:
+    told = ("tidy: 2 samples without a score", "served: 32 samples tried again")
+    assert ", ".join(told) in shown(False, [1], values=VALUES | FAILURES)
+    assert all(part in shown(True, [1], values=VALUES | FAILURES) for part in told)
+    none = VALUES | dict.fromkeys(FAILURES, 0.0)
+    assert "samples" not in shown(False, [1], values=none) + shown(True, [1], values=none)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from actors.config import ModelConfig
 from actors.errors import RewardError
 from actors.rewards.actor import RewardInfo, TextRewardActor
 from actors.rewards.config import FunctionRewardConfig
-from actors.rewards.face import Reason, RewardFailure, RewardSample
+from actors.rewards.face import Reason, RewardFailure, RewardSample, TextReward
 from actors.rewards.retries import score_with_retries
 from actors.rewards.rows import kept_columns, sample_texts, tagged
 from experience.schema import PROMPTS, ROLLOUT, SCORES, SchemaError, check_schema, make_batch
@@ -132,7 +133,7 @@ async def test_or_it_is_given_a_score_and_counted(policy: ModelConfig) -> None:
 
 
 async def test_without_tries_left_the_first_failure_counts() -> None:
-    class Never:
+    class Never(TextReward):
         async def score(self, samples: Sequence[RewardSample]) -> list[float | RewardFailure]:
             return [RewardFailure(Reason.CRASHED, "x" * 1000)] * len(samples)
 
@@ -146,7 +147,7 @@ async def test_without_tries_left_the_first_failure_counts() -> None:
 
 
 async def test_what_would_fail_again_is_not_tried_again() -> None:
-    class Refused:
+    class Refused(TextReward):
         num_samples = 0
 
         async def score(self, samples: Sequence[RewardSample]) -> list[float | RewardFailure]:
@@ -156,11 +157,14 @@ async def test_what_would_fail_again_is_not_tried_again() -> None:
 
         async def close(self) -> None: ...
 
+        def take_failed_tries(self) -> Counter[str]:
+            return Counter(unreachable=4)
+
     reward, words = Refused(), ("row", "refuse", "slow")
     config = FunctionRewardConfig(path="a:b", num_retries=2, retry_wait_s=0.0)
     scored = await score_with_retries(reward, [RewardSample("", word, True, {}) for word in words], config)
-    assert reward.num_samples == 3 + 2 and scored.num_retried == 2
-    assert scored.num_failed_tries == {"bad_row": 1, "refused": 1, "timed_out": 3}
+    assert reward.num_samples == 3 + 2 and scored.num_retried == 2 + 4  # its own tries as well
+    assert scored.num_failed_tries == {"bad_row": 1, "refused": 1, "timed_out": 3, "unreachable": 4}
 
 
 async def test_what_is_configured_wrongly_ends_the_run(policy: ModelConfig) -> None:

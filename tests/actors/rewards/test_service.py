@@ -156,7 +156,7 @@ async def test_an_endpoint_that_misbehaves(
     assert server.num_requests == num_requests
 
 
-async def test_an_endpoint_that_goes_down_in_mid_run_costs_no_sample() -> None:
+async def test_an_endpoint_that_goes_down_in_mid_run_costs_no_sample(caplog: pytest.LogCaptureFixture) -> None:
     async def steady(_: int, __: list[Any]) -> None:
         await asyncio.sleep(0.02)
 
@@ -172,6 +172,11 @@ async def test_an_endpoint_that_goes_down_in_mid_run_costs_no_sample() -> None:
         service = reward(first, second, num_concurrent=4, num_attempts=6)
         assert await scored(service, ["x"] * 60) == [1.0] * 60
     assert 3 <= leaving.num_requests <= 6 and staying.num_requests >= 60 / 2 - 6
+    tries = service.take_failed_tries()
+    assert tries.total() >= 2 and set(tries) <= {"unreachable", "timed_out"} and not service.take_failed_tries()
+    said = [record.message for record in caplog.records if second in record.message]
+    assert any("2 samples are sent again" in line for line in said)
+    assert any("failed 3 times in a row: it is left alone" in line for line in said)
 
 
 async def test_with_no_endpoint_left_samples_fail_and_one_that_comes_back_is_used() -> None:
