@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from actors.rewards.binding import Signature, is_async, load_function
 from actors.rewards.config import FunctionRewardConfig
-from actors.rewards.face import JSON, Answer, Reason, RewardFailure, RewardSample, checked, checked_batch
+from actors.rewards.face import JSON, Answer, Reason, RewardFailure, RewardSample, TextReward, checked, checked_batch
 from actors.rewards.workers import WorkerPool
 
 
-class FunctionReward:
+class FunctionReward(TextReward):
     """A function by its path.
 
     Raises:
@@ -59,6 +59,10 @@ class FunctionReward:
                 value = await asyncio.wait_for(self._function(**arguments), self._config.timeout_s)
             except TimeoutError:
                 return [RewardFailure(Reason.TIMED_OUT, f"no answer in {self._config.timeout_s} s")] * len(samples)
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise  # it is this call that is to end, and not something that the function waited for
+                return [RewardFailure(Reason.RAISED, "CancelledError")] * len(samples)
             except Exception as error:  # user code raises whatever it likes
                 return [RewardFailure(Reason.RAISED, f"{type(error).__name__}: {error}")] * len(samples)
         return checked_batch(value, len(samples)) if batched else [checked(value)]

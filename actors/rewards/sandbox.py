@@ -90,15 +90,18 @@ class Sandbox:
         secret = secrets.token_hex(16)
         task = self._task(program, given, secret, may_exit=may_exit)
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-            process = await asyncio.create_subprocess_exec(
-                *self._words(),
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,
-                cwd=folder,
-                env=_ENVIRONMENT,
-                start_new_session=True,
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._words(),
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    cwd=folder,
+                    env=_ENVIRONMENT,
+                    start_new_session=True,
+                )
+            except OSError as error:  # no memory for it, or too many processes: maybe not for long
+                return Run("not_started", f"{type(error).__name__}: {error}")
             try:
                 return await self._watched(process, task, secret)
             finally:

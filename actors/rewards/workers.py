@@ -45,7 +45,11 @@ class WorkerPool:
         process = await self._free.get()
         try:
             if process is None or process.returncode is not None:
-                process = await self._start()
+                try:
+                    process = await self._start()
+                except OSError as error:  # no memory for it, or too many processes: maybe not for long
+                    why = f"its process did not start: {error}"
+                    return [RewardFailure(Reason.CRASHED, why)] * len(samples)
             line = json.dumps([to_json(sample) for sample in samples]).encode() + b"\n"
             try:
                 answered = await asyncio.wait_for(_exchange(process, line), self._timeout_s)

@@ -7,6 +7,8 @@ import os
 import time
 from typing import Any
 
+import numpy as np
+
 
 def length(response: str) -> int:
     return len(response)
@@ -48,12 +50,22 @@ def as_told(response: str) -> object:
             return "1.0"
         case "true":
             return True
+        case "shape":
+            return [1.0]
+        case "huge":
+            return 1e39
+        case "array":
+            return np.array([2.0])
+        case "isclose":
+            return np.isclose(1.0, 1.0)
         case _:
             return len(response)
 
 
 async def slow(response: str) -> float:
     await asyncio.sleep(30 if response == "hang" else 0.05)
+    if response == "cancel":
+        raise asyncio.CancelledError
     if response == "raise":
         raise ValueError("as told")
     return float(len(response))

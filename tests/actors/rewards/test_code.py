@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -49,8 +50,11 @@ async def test_code_is_scored_by_its_tests() -> None:
         fenced("print(7)", tests=printing),
         fenced("def double(n:", tests=tests),
         RewardSample("", "no code", True, {"tests": "assert True"}),
+        fenced("while True: pass", tests="assert True"),
+        fenced("eaten = bytearray(1 << 30)", tests="assert True"),
     ]
-    assert await CodeReward(limits(score="share")).score(samples) == [1.0, 2 / 3, 0.0, 1.0, 0.5, 0.0, 0.0]
+    scores = [1.0, 2 / 3, 0.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
+    assert await CodeReward(limits(score="share")).score(samples) == scores
     assert await CodeReward(limits()).score(samples[:2]) == [1.0, 0.0]
 
 
@@ -61,6 +65,16 @@ async def test_rows_without_tests_are_failures_or_end_the_run() -> None:
         assert isinstance(answer, RewardFailure) and answer.reason is Reason.BAD_ROW
     with pytest.raises(RewardError, match="needs the column 'tests'"):
         await reward.score([fenced("x = 1")])
+
+
+async def test_a_sandbox_that_does_not_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none_left(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    reward = CodeReward(limits())
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", none_left)
+    (answer,) = await reward.score([fenced("x = 1", tests="assert x")])
+    assert isinstance(answer, RewardFailure) and answer.reason is Reason.CRASHED and "unavailable" in answer.detail
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Mapping
@@ -55,20 +56,33 @@ async def test_a_batched_function_is_given_lists_cut_to_size() -> None:
 
 
 async def test_every_misbehaviour_is_a_failure_of_its_sample_alone() -> None:
-    told = ["ok", "hang", "die", "raise", "none", "nan", "text", "true", "fine"]
+    told = ["ok", "hang", "die", "raise", "none", "nan", "huge", "text", "shape", "array", "isclose", "true", "fine"]
     began = time.monotonic()
     answers = await scored("as_told", [sample(word) for word in told], timeout_s=1.0)
-    wrong = ["timed_out", "crashed", "raised", "wrong_type", "not_finite", "wrong_type"]
-    assert brief(answers) == [2.0, *wrong, 1.0, 4.0]
+    wrong = ["timed_out", "crashed", "raised", "wrong_type", "not_finite", "not_finite", *["wrong_type"] * 3]
+    assert brief(answers) == [2.0, *wrong, 1.0, 1.0, 4.0]
     assert isinstance(answers[3], RewardFailure) and answers[3].detail == "ValueError: as told"
     assert time.monotonic() - began < 20
 
 
 async def test_coroutines_run_together_and_are_left_at_the_deadline() -> None:
     began = time.monotonic()
-    answers = await scored("slow", [sample("x" * 7)] * 40 + [sample("raise"), sample("hang")], timeout_s=0.5)
-    assert brief(answers) == [7.0] * 40 + ["raised", "timed_out"]
+    wrong = [sample("raise"), sample("cancel"), sample("hang")]
+    answers = await scored("slow", [sample("x" * 7)] * 40 + wrong, timeout_s=0.5)
+    assert brief(answers) == [7.0] * 40 + ["raised", "raised", "timed_out"]
     assert time.monotonic() - began < 2
+
+
+async def test_a_process_that_cannot_be_had_now_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none_left(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    reward = FunctionReward(FunctionRewardConfig(path=f"{FAULTY}:length"))
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "create_subprocess_exec", none_left)
+        assert brief(await reward.score([sample("ab")] * 2)) == ["crashed"] * 2
+    assert await reward.score([sample("ab")]) == [2.0]
+    await reward.close()
 
 
 async def test_no_process_outlives_the_reward() -> None:

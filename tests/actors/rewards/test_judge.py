@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import doctest
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 import transformers
 
 from actors.config import ModelConfig
-from actors.errors import RewardError
+from actors.errors import EngineDead, RewardError, RolloutError
 from actors.rewards import judge
 from actors.rewards.config import JudgeRewardConfig, LabelsConfig
 from actors.rewards.face import Reason, RewardFailure, RewardSample
@@ -69,6 +72,35 @@ async def test_a_judges_labels_are_the_probabilities_of_its_model(tmp_path: Path
     assert written.text == tokenizer.decode(ids[len(QUESTION) :], skip_special_tokens=True)
     too_long = answers[-1]
     assert isinstance(too_long, RewardFailure) and too_long.reason is Reason.REFUSED
+
+
+class Engine:
+    """Does what it is asked to in capitals."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    async def answer(self, question: list[int], **_: object) -> Any:
+        said = tiny_models.tokenizer().decode(question)
+        if "SLOW" in said:
+            await asyncio.sleep(30)
+        if "LONG" in said:
+            raise RolloutError("vLLM does not take the question")
+        if "DIE" in said:
+            raise EngineDead("its process died")
+        return SimpleNamespace(text="1e999" if "HUGE" in said else "NOTHING" if "MUTE" in said else "7")
+
+
+async def test_every_fault_of_the_engine_is_a_failure_but_its_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surroundings: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "actors.vllm_engine.judging", SimpleNamespace(JudgeEngine=Engine))
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    reward = JudgeReward(config(tmp_path, pattern="(.+)", timeout_s=0.2), context(role="judge"))
+    answers = await reward.score([sample(word) for word in ("FINE", "SLOW", "LONG", "HUGE", "MUTE")])
+    reasons = [str(answer.reason) if isinstance(answer, RewardFailure) else answer for answer in answers]
+    assert reasons == [7.0, "timed_out", "refused", "not_finite", "unreadable"]
+    with pytest.raises(EngineDead):
+        await reward.score([sample("FINE"), sample("DIE")])
 
 
 def test_a_question_is_filled_in_once() -> None:
