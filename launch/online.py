@@ -118,8 +118,6 @@ class OnlineDriver:
             self._evaluation = Evaluation(config, settings, roles, self._labelling, run_dir.evaluation)
         self._drawing = asyncio.Lock()
         self._score_names = score_names(config.score_names, config.total)
-        #: Metrics that add up while an iteration is generated, by iteration.
-        self._counts = defaultdict[int, Counter[str]](Counter)
         samples_per_prompt = config.rollout.sampling.samples_per_prompt
         self._samples_per_prompt = samples_per_prompt
         self._fleet = RolloutFleet(
@@ -204,7 +202,7 @@ class OnlineDriver:
         """Have every scoring role add its column, and put the slice into the buffer; replace prompts that it drops."""
         drop_flat = redraws.no_signal < self._config.online.max_redraws
         labelled = await self._labelling.label(generated, drop_flat=drop_flat)
-        self._counts[slot.iteration] += labelled.counts
+        self._state.counts[slot.iteration] += labelled.counts
         if labelled.kept is not None:
             scored, info = labelled.kept
             self._state.ledger.score(info.prompt_ids)
@@ -231,8 +229,9 @@ class OnlineDriver:
                         "online.max_failed_redraws higher"
                     )
                 self._state.ledger.drop(prompts, reason)
-                self._counts[slot.iteration][f"dropped/{reason.replace(' ', '_')}"] += len(prompts)
-                self._counts[slot.iteration][DROPPED] += len(prompts)
+                counts = self._state.counts[slot.iteration]
+                counts[f"dropped/{reason.replace(' ', '_')}"] += len(prompts)
+                counts[DROPPED] += len(prompts)
                 again = _Redraws(redraws.no_signal + flat, redraws.failed + (not flat))
                 others = await self._draw(len(prompts))
                 filling.create_task(self._generate_and_score(slot, others, again))
@@ -309,7 +308,7 @@ class OnlineDriver:
         counts = {f"reward/{name}/{what}": 0 for name in over_text for what in ("failed", "retried")}
         if over_text or self._config.online.max_redraws or self._config.rollout.environment is not None:
             counts[DROPPED] = 0
-        return {name: float(count) for name, count in (counts | self._counts.pop(iteration, Counter())).items()}
+        return {name: float(count) for name, count in (counts | self._state.counts.pop(iteration, Counter())).items()}
 
     async def _train_and_publish(self, experience: Experience, credit: Ref) -> dict[str, TrainReport]:
         """One iteration of the trained roles, at the same time, each on its own ranks.

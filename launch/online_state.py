@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,13 +53,14 @@ class TextPlace:
 
 
 class OnlineState:
-    """The iteration, the KL coefficient, the place in the data, the ledger, and moments of the scores.
+    """The iteration, the KL coefficient, the place in the data, the ledger, counts, and moments of the scores.
 
     ``cursor`` is where the next batch of prompts is drawn from, in data of this ``fingerprint``. A checkpoint keeps the
     samples that stand ready for training, and the cursor of the first draw with a prompt that is neither ready nor
     done with: after a resume prompts are drawn from there again under the same ids, those that are done with are passed
     over, and the others are answered with the seeds that follow from their ids. So no prompt is lost and none is
-    trained on twice.
+    trained on twice. Nor is a count lost: what failed or was dropped of an iteration that is generated in part stays
+    counted, and what fails when the rest of it is answered again is counted besides.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class OnlineState:
         pretraining: TextPlace | None = None,
         evaluation: EvaluationState | None = None,
         moments: Mapping[str, RunningMoments] | None = None,
+        counts: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -91,6 +94,9 @@ class OnlineState:
         self.evaluation = evaluation or EvaluationState()
         #: The running ones that scores are normalised by, by the names of their shapings.
         self.moments = dict(moments or {})
+        #: Metrics that add up while an iteration is generated, by iteration, until it has been trained on.
+        self.counts = defaultdict[int, Counter[str]](Counter)
+        self.counts.update({at: Counter(found) for at, found in (counts or {}).items()})
 
     @classmethod
     def begin(cls, config: OnlineRunConfig, store: CheckpointStore, data: SourceDescription) -> OnlineState:
@@ -124,6 +130,7 @@ class OnlineState:
             pretraining=None if (text := saved["pretraining"]) is None else TextPlace(**text),
             evaluation=EvaluationState.from_json(saved["evaluation"]),
             moments={name: RunningMoments(**numbers) for name, numbers in saved["moments"].items()},
+            counts={int(at): found for at, found in saved["counts"].items()},
         )
         state.buffered = checkpoint / BUFFER_FOLDER if ready else None
         return state
@@ -197,6 +204,8 @@ class OnlineState:
             "pretraining": None if self.pretraining is None else asdict(self.pretraining),
             "evaluation": self.evaluation.to_json(),
             "moments": {name: asdict(moments) for name, moments in self.moments.items()},
+            # Those of iterations that were trained on are told with them.
+            "counts": {at: dict(found) for at, found in self.counts.items() if at >= self.iteration},
         }
         best = self.evaluation.best
         with self._store.writing(self.iteration, best=None if best is None else best.iteration) as folder:
