@@ -1,15 +1,17 @@
 """Every online algorithm on one small task with a checkable answer, from the same SFT model and with the same budget.
 
 The task, SFT model and reward model are the demo's. Each algorithm is an example of this project with 30 batches of 256
-samples, run as a user runs it, on several seeds; what it reached is measured on held-out prompts by the program that
-knows the answers. A run that ends with fewer right answers than the model it began from is marked as collapsed.
+samples, run as a user runs it, on several seeds. What it reached is measured on held-out prompts: one answer each,
+judged by the program that knows, and its KL to the model that the run began from. A run that ends with fewer right
+answers than that model is marked, and so are PPO and GRPO where they rise by less than 20 points.
 
 The last two ways are an experiment of their own: a checker as reward, 1 for the right answer and 0 for any other, from
 the SFT model and from the base model, whose answers are all wrong.
 
     python -m benchmarks.algorithms [--seeds 0 1 2] [--only ppo grpo] [--home DIR]
 
-With ``--home`` runs that are finished there are not run again. 17 ways on three seeds take about an hour on two cores.
+With ``--home`` runs that are finished there are not run again. 20 ways on three seeds take more than an hour on two
+cores.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.measure import print_setting
-from examples.demo_data import write_base_model, write_data
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.measure import descendants, print_setting, process_cpu_s
+from examples.demo_data import LONGEST_COMPLETION, write_base_model, write_data
 from examples.demo_report import accuracy_of, answers, first_and_last, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +45,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "grpo": ("methods/grpo.yaml",),
     "grpo, gspo's loss": ("methods/grpo.yaml", "algorithm.policy_loss=gspo", "algorithm.clip_ratio=0.05"),
     "grpo, cispo's loss": ("methods/grpo.yaml", "algorithm.policy_loss=cispo", "algorithm.clip_high=4"),
+    # Prompts that are drawn again are samples beyond the 30 batches of the others.
     "dapo": (
         "methods/grpo.yaml",
         "algorithm.normalise=tokens",
@@ -47,6 +54,7 @@ WAYS: dict[str, tuple[str, ...]] = {
         "algorithm.clip_low=0.2",
         "algorithm.clip_high=0.28",
         "online.max_redraws=3",
+        "total.shaping=[{kind: overlong, margin_tokens: 2}]",
     ),
     "dr_grpo": ("methods/dr_grpo.yaml",),
     "rloo": ("methods/rloo.yaml",),
@@ -55,9 +63,14 @@ WAYS: dict[str, tuple[str, ...]] = {
     "remax": ("methods/reinforce_plus_plus.yaml", "algorithm.name=remax"),
     "initial baseline": ("methods/initial_baseline.yaml",),
     "ppo, one version stale": ("ppo.yaml", "online.max_staleness=1"),
-    "ppo, one version stale, decoupled": (
-        "ppo.yaml", "online.max_staleness=1", "algorithm.correction.method=decoupled", "algorithm.correction.cap=5",
-    ),
+    **{
+        f"ppo, one version stale, {method}": (
+            "ppo.yaml",
+            "online.max_staleness=1",
+            f"algorithm.correction.method={method}",
+        )
+        for method in ("truncated", "masked", "sequence_masked", "decoupled")
+    },
     "checked, from SFT": ("rewards/checker.yaml",),
     "checked, from the base model": ("rewards/checker.yaml", "policy.model.path=runs/demo-pretrain/model"),
 }
@@ -65,32 +78,45 @@ WAYS: dict[str, tuple[str, ...]] = {
 STARTS = {"checked, from the base model": "demo-pretrain"}
 
 
+#: What PPO and GRPO are to gain at least, on each seed.
+RISE_POINTS = {"ppo": 20, "grpo": 20}
+POLL_S = 2.0
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; ``accuracy`` on held-out prompts, ``kl`` in nats a sample, ``seconds`` of the whole run."""
+    """What a run came to.
+
+    ``accuracy`` and ``kl`` (nats an answer) on held-out prompts, ``score`` of its last batch, ``cpu_s`` of all its
+    processes.
+    """
 
     accuracy: float
     score: float
-    kl: float | None
-    seconds: float
+    kl: float
+    cpu_s: float
 
 
 def troupe(home: Path, yaml: str, log: Path, *words: str) -> float:
-    """Seconds that `troupe train` took."""
+    """Run `troupe train`; returns the processor time of all its processes, in seconds, but for their last moments."""
     command = [sys.executable, "-m", "launch", "train", str(ROOT / "examples" / yaml), *words]
-    began = time.perf_counter()
+    taken: dict[int, float] = {}
     with log.open("w") as out:
-        done = subprocess.run(
+        run = subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, "TROUPE_HOME": str(home)},
             stdout=out,
             stderr=subprocess.STDOUT,
-            check=False,
         )
-    if done.returncode:
+        while run.poll() is None:
+            for pid in (run.pid, *descendants(run.pid)):
+                with suppress(FileNotFoundError, ProcessLookupError):  # it ended in between
+                    taken[pid] = process_cpu_s(pid)
+            time.sleep(POLL_S)
+    if run.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return time.perf_counter() - began
+    return sum(taken.values())
 
 
 def prepare(home: Path) -> None:
@@ -104,6 +130,29 @@ def prepare(home: Path) -> None:
         troupe(home, f"{stage}.yaml", home / f"{stage}.log")
 
 
+@torch.inference_mode()
+def kl_of(folder: Path, start: Path, prompts: list[str], seed: int) -> float:
+    """Mean over sampled answers of log p(answer) - log p_start(answer), EOS included: KL to the start, in nats."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    policy, initial = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, start)
+    )
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    num_prompt = batch["input_ids"].shape[1]
+    whole = policy.generate(**batch, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LONGEST_COMPLETION + 2)
+    response = whole[:, num_prompt:]
+    is_eos = response == tokenizer.eos_token_id
+    counts = is_eos.cumsum(1) - is_eos.long() == 0  # up to the first EOS, which counts
+    mask = torch.cat([batch["attention_mask"], counts.long()], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logprobs = []
+    for model in (policy, initial):
+        logits = model(whole, attention_mask=mask, position_ids=positions).logits[:, num_prompt - 1 : -1]
+        logprobs.append(logits.log_softmax(-1).gather(-1, response[..., None])[..., 0])
+    return float(((logprobs[0] - logprobs[1]) * counts).sum(1).mean())
+
+
 def run(home: Path, way: str, seed: int, prompts: list[str]) -> Outcome:
     """Carry out one run, or read what an earlier one came to."""
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{way}-{seed}")
@@ -111,32 +160,33 @@ def run(home: Path, way: str, seed: int, prompts: list[str]) -> Outcome:
     if not noted.exists():
         yaml, *changes = WAYS[way]
         words = [f"run.name={name}", f"run.seed={seed}", *changes]
-        seconds = troupe(home, yaml, home / f"{name}.log", *words)
-        rows = read_rows(folder / "metrics.jsonl")
-        has_kl = any("experience/kl_per_sample" in row for row in rows)
-        outcome = {
-            "accuracy": accuracy_of(prompts, answers(folder / "model", prompts, seed)),
-            "score": first_and_last(rows, "experience/score")[1],
-            "kl": first_and_last(rows, "experience/kl_per_sample")[1] if has_kl else None,
-            "seconds": seconds,
-        }
-        noted.write_text(json.dumps(outcome))
+        cpu_s = troupe(home, yaml, home / f"{name}.log", *words)
+        outcome = Outcome(
+            accuracy=accuracy_of(prompts, answers(folder / "model", prompts, seed)),
+            score=first_and_last(read_rows(folder / "metrics.jsonl"), "experience/score")[1],
+            kl=kl_of(folder / "model", home / "runs" / start_of(way) / "model", prompts, seed),
+            cpu_s=cpu_s,
+        )
+        noted.write_text(json.dumps(asdict(outcome)))
     return Outcome(**json.loads(noted.read_text()))
 
 
+def start_of(way: str) -> str:
+    """The run whose model a way begins from."""
+    return STARTS.get(way, "demo-sft")
+
+
 def report(way: str, outcomes: list[Outcome], before: float) -> None:
-    """Print one line: accuracy before, mean and spread after; means of the rest."""
+    """Print one line: accuracy before, mean and spread after; means of the rest; what is not as it is to be."""
     right = [100 * outcome.accuracy for outcome in outcomes]
-    kls = [outcome.kl for outcome in outcomes if outcome.kl is not None]
-    kl = f"{statistics.mean(kls):.2f}" if kls else "-"
     spread = f"{min(right):.1f} to {max(right):.1f}"
-    collapsed = "  collapsed" if min(right) < 100 * before else ""
-    score, seconds = (statistics.mean(values) for values in zip(*((o.score, o.seconds) for o in outcomes), strict=True))
-    print(
-        f"| {way} | {100 * before:.1f} | {statistics.mean(right):.1f} | {spread} | {score:.2f} | {kl} | {seconds:.0f} |"
-        f"{collapsed}",
-        flush=True,
+    score, kl, cpu_s = (
+        statistics.mean(values) for values in zip(*((o.score, o.kl, o.cpu_s) for o in outcomes), strict=True)
     )
+    rise, least = min(right) - 100 * before, RISE_POINTS.get(way, 0)
+    fault = f"  rose by less than {least} points" if rise < least else ""
+    numbers = f"{100 * before:.1f} | {statistics.mean(right):.1f} | {spread} | {score:.2f} | {kl:.2f} | {cpu_s:.0f}"
+    print(f"| {way} | {numbers} |{fault}", flush=True)
 
 
 def compare(home: Path, seeds: list[int], ways: list[str]) -> None:
@@ -146,13 +196,13 @@ def compare(home: Path, seeds: list[int], ways: list[str]) -> None:
     prompts = [str(row["prompt"]) for row in read_rows(home / "runs" / "demo-data" / "heldout.jsonl")]
     before = {
         start: accuracy_of(prompts, answers(home / "runs" / start / "model", prompts, 0))
-        for start in {"demo-sft", *STARTS.values()}
+        for start in {start_of(way) for way in ways}
     }
     print(f"{len(prompts)} held-out prompts\n")
-    print("| algorithm | right before, % | after | least to most | score | KL, nats | run, s |")
+    print("| algorithm | right before, % | after | least to most | score | KL, nats | CPU s |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for way in ways:
-        report(way, [run(home, way, seed, prompts) for seed in seeds], before[STARTS.get(way, "demo-sft")])
+        report(way, [run(home, way, seed, prompts) for seed in seeds], before[start_of(way)])
 
 
 def main() -> None:
