@@ -141,7 +141,7 @@ def _check_context(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Pro
         yield Problem(
             wanted.where,
             f"sequences of {wanted.max_tokens} tokens are longer than the model's context of {context}",
-            "lower data.max_tokens, rollout.sampling.max_response_tokens or rollout.max_model_tokens",
+            "lower data.max_tokens, rollout.sampling.max_response_tokens, rollout.max_model_tokens or a judge's own",
         )
 
 

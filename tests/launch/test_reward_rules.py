@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from actors.rewards.config import AnyReward
+from launch.check import check
 from launch.check_rewards import check_rewards
 from launch.config import OnlineRunConfig
 from launch.configfile import load
@@ -91,3 +94,53 @@ def test_functions_are_imported_and_asked_what_they_want(tmp_path: Path, monkeyp
     assert "asks for 'answer'" in unkept and "add it to data.keep_columns" in unkept
     [wrong] = problems("reward={kind: checker, check: {name: json_schema, json_schema: {type: nothing}}}")
     assert wrong.startswith("reward: ")
+
+
+KINDS = {
+    "checker": ["checker"],
+    "code": ["code"],
+    "combined": ["model", "checker"],
+    "function": ["function"],
+    "http": ["http"],
+    "judge": ["judge"],
+}
+
+
+def test_there_is_an_example_for_every_kind() -> None:
+    assert {path.stem for path in (EXAMPLES / "rewards").glob("*.yaml")} == set(KINDS)
+    for name, kinds in KINDS.items():
+        assert [reward.kind for reward in online(f"rewards/{name}").reward_roles.values()] == kinds
+    every = {option.model_fields["kind"].default for option in get_args(get_args(AnyReward)[0])}
+    assert every == {kind for kinds in KINDS.values() for kind in kinds}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_examples_can_run(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(home))
+    (home / "examples").symlink_to(EXAMPLES)
+    (home / "code.jsonl").write_text('{"prompt": "list 2 1 sorted :", "tests": "assert True"}\n')
+    words = ["data.train=code.jsonl"] if name == "code" else []  # it says that the demo's rows have no tests
+    report = check(online(f"rewards/{name}", *words))
+    assert report.ok, report.problems
+
+
+def test_an_evaluations_checkers_are_looked_at_as_rewards_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("def score(response, answer, level): return 1.0")
+    words = [
+        "data.heldout_fraction=0.1",
+        "evaluation.checkers.form={kind: checker, check: {name: json_schema, json_schema: {type: nothing}}}",
+        "evaluation.checkers.own={kind: function, path: 'mine.py:score'}",
+        "evaluation.checkers.gone={kind: function, path: 'nowhere.py:score'}",
+        "evaluation.checkers.right={kind: checker, check: {name: exact}}",
+        "reward={kind: checker, check: {name: exact}}",
+    ]
+    facts: list[tuple[str, str]] = []
+    form, own, gone = map(str, check_rewards(online("rewards/function", *words), {}, facts))
+    assert form.startswith("evaluation.checkers.form: json_schema is not a JSON schema: 'nothing'")
+    assert own == (
+        f"evaluation.checkers.own: {tmp_path}/mine.py:score asks for 'level'; it can be given prompt, response, "
+        "finished, answer: add it to data.keep_columns"
+    )
+    assert gone.startswith(f"evaluation.checkers.gone: {tmp_path}/nowhere.py:score: ") and "no file" in gone
+    assert facts == [("reward", "checker exact"), ("evaluation.checkers.right", "checker exact")]
