@@ -24,6 +24,7 @@ from cluster.config import ClusterConfig, PlacementConfig
 from cluster.errors import ClusterError
 from data.tokenizer import Tokenizer
 from launch.check_data import check_data
+from launch.check_environment import check_environment
 from launch.check_rewards import check_rewards
 from launch.check_tuning import check_tuning
 from launch.config import RunConfig
@@ -78,6 +79,7 @@ def check(config: RunConfig) -> CheckReport:
     report.problems += _check_attention(models, config.cluster, report)
     report.problems += check_tuning(config, report.facts)
     report.problems += check_rewards(config, tokenizers, report.facts)
+    report.problems += check_environment(config, report.facts)
     report.problems += check_data(config, tokenizers.get(models[0].where), report.facts)
     for placements in filter(None, (config.placements_before(), config.placements())):
         report.problems += _check_places(placements, config.cluster, config.cpus_wanted(), report)

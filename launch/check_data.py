@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from data.build import Builder
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.formats import Kind, recognise
-from data.readers import BadRow, read_rows
+from data.readers import BadRow, Row, read_rows
 from data.tokenizer import Tokenizer
 from launch.config import OnlineRunConfig, RewardModelRunConfig, RunConfig
 from launch.errors import Problem
 from launch.paths import resolve_data
+from launch.reward_rules import by_place, columns_of
 
 if TYPE_CHECKING:
     from launch.check_models import Facts
@@ -27,40 +28,90 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
     Args:
         tokenizer: the model's; none where it cannot be loaded, and then rows are read but not tokenised.
     """
-    data, kind, whole = resolve_data(config.data), _kind(config), config.algorithm.name == "pretrain"
+    data, whole = resolve_data(config.data), config.algorithm.name == "pretrain"
+    if isinstance(config, RewardModelRunConfig) and config.normalise is not None:
+        measured = resolve_data(config.normalise.data_config(data))
+        yield from _check_sources({"normalise.data": measured.train}, measured, "examples", tokenizer, facts)
+    sources = {"data.train": data.train, "data.heldout": data.heldout}
+    yield from _check_sources(sources, data, _kind(config), tokenizer, facts, whole_document=whole)
+    if isinstance(config, OnlineRunConfig):
+        yield from _check_columns(config, sources)
+        if config.pretraining_data is not None:
+            text = resolve_data(config.pretraining_data)
+            mixed_in = {"pretraining_data.train": text.train, "pretraining_data.heldout": text.heldout}
+            yield from _check_sources(mixed_in, text, "examples", tokenizer, facts, whole_document=True)
+
+
+def _check_sources(
+    parts: Mapping[str, Sequence[SourceConfig]],
+    data: DataConfig,
+    kind: Kind,
+    tokenizer: Tokenizer | None,
+    facts: Facts,
+    *,
+    whole_document: bool = False,
+) -> Iterator[Problem]:
+    """What is wrong with sources, given by where they stand in the configuration."""
     builder: Builder | None = None
     if tokenizer is not None:
         try:
-            builder = Builder(data, kind, tokenizer, whole_document=whole)
+            builder = Builder(data, kind, tokenizer, whole_document=whole_document)
         except DataError as error:  # of the tokenizer, so the same for every source
-            yield Problem("data", str(error))
-    if isinstance(config, RewardModelRunConfig) and config.normalise is not None and tokenizer is not None:
-        yield from _check_measured(resolve_data(config.normalise.data_config(data)), tokenizer, facts)
-    for part, sources in (("train", data.train), ("heldout", data.heldout)):
-        for index, source in enumerate(sources):
-            first = source.model_copy(update={"limit_rows": min(source.limit_rows or ROWS_READ, ROWS_READ)})
-            where = f"data.{part}.{index}"
-            try:
-                if builder is None:
-                    _read(first, data, kind, whole)
-                else:
-                    facts.append((where, _build(builder, first)))
-            except DataError as error:
-                yield Problem(where, str(error))
-
-
-def _check_measured(data: DataConfig, tokenizer: Tokenizer, facts: Facts) -> Iterator[Problem]:
-    """What a reward model is normalised on."""
-    for index, source in enumerate(data.train):
-        first = source.model_copy(update={"limit_rows": min(source.limit_rows or ROWS_READ, ROWS_READ)})
+            yield Problem(next(iter(parts)).rpartition(".")[0], str(error))
+    for where, source in _first_rows(parts):
         try:
-            facts.append((f"normalise.data.{index}", _build(Builder(data, "examples", tokenizer), first)))
+            if builder is None:
+                _read(source, data, kind, whole_document)
+            else:
+                facts.append((where, _build(builder, source)))
         except DataError as error:
-            yield Problem(f"normalise.data.{index}", str(error))
+            yield Problem(where, str(error))
+
+
+def _first_rows(parts: Mapping[str, Sequence[SourceConfig]]) -> Iterator[tuple[str, SourceConfig]]:
+    for part, sources in parts.items():
+        for index, source in enumerate(sources):
+            limit = min(source.limit_rows or ROWS_READ, ROWS_READ)
+            yield f"{part}.{index}", source.model_copy(update={"limit_rows": limit})
 
 
 def _kind(config: RunConfig) -> Kind:
     return "prompts" if isinstance(config, OnlineRunConfig) else config.DATA_KIND
+
+
+def _check_columns(config: OnlineRunConfig, parts: Mapping[str, Sequence[SourceConfig]]) -> Iterator[Problem]:
+    """Whether columns that rewards and checkers are known to read hold anything; that rows have them is seen before."""
+    trained_on = {where: columns_of(one) for where, one in by_place(config.reward, config.rewards).items()}
+    checkers = {} if config.evaluation is None else config.evaluation.checkers
+    checked = {f"evaluation.checkers.{name}": columns_of(checker) for name, checker in checkers.items()}
+    for where, source in _first_rows(parts):
+        is_trained_on = where.startswith("data.train")
+        is_evaluated = config.evaluation is not None and (not is_trained_on or config.data.heldout_fraction > 0)
+        reading = (trained_on if is_trained_on or is_evaluated else {}) | (checked if is_evaluated else {})
+        try:
+            empty = _empty_columns(source, {column for columns in reading.values() for column in columns})
+        except DataError:  # has been told
+            continue
+        for reader, columns in reading.items():
+            for column in sorted(columns & empty):
+                what = f"{source.path}: the column {column!r} is null in every row, and {reader} reads it"
+                yield Problem(where, what, f"rows with it, or {reader} without it")
+
+
+def _empty_columns(source: SourceConfig, columns: Iterable[str]) -> set[str]:
+    """Those that are there, and null in every row.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    empty, seen = set(columns), set[str]()
+    for row in read_rows(source) if empty else ():
+        if isinstance(row, Row) and row.wanted:
+            seen |= empty & row.values.keys()
+            empty -= {column for column in empty if row.values.get(column) is not None}
+        if not empty:
+            break
+    return empty & seen
 
 
 def _build(builder: Builder, source: SourceConfig) -> str:
@@ -80,7 +131,8 @@ def _read(source: SourceConfig, data: DataConfig, kind: Kind, whole_document: bo
     """Read rows without a tokenizer.
 
     Raises:
-        DataError: the source cannot be read, its first good row is of no known format, or a row is refused.
+        DataError: the source cannot be read, its first good row is of no known format or lacks a column that is to be
+            kept, or a row is refused.
     """
     known = False
     for row in read_rows(source):
@@ -93,4 +145,7 @@ def _read(source: SourceConfig, data: DataConfig, kind: Kind, whole_document: bo
                 recognise(columns, kind, whole_document=whole_document)
             except DataError as error:
                 raise DataError(f"{row.origin}: {error}") from error
+            for name in data.keep_columns:
+                if name not in row.values:
+                    raise DataError(f"{row.origin}: no column {name!r}, which data.keep_columns asks for")
             known = True

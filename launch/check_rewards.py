@@ -28,14 +28,16 @@ OF_SAMPLE = ("prompt", "response", "finished")
 
 
 def check_rewards(config: RunConfig, tokenizers: Mapping[str, Tokenizer], facts: Facts) -> Iterator[Problem]:
-    """What is wrong with rewards over text. Adds what they are to ``facts``.
+    """What is wrong with rewards over text, and an evaluation's checkers. Adds what they are to ``facts``.
 
     Args:
         tokenizers: of models that could be loaded, by where these stand in the configuration.
     """
     if not isinstance(config, OnlineRunConfig):
         return
-    for where, reward in by_place(config.reward, config.rewards).items():
+    checkers = {} if config.evaluation is None else config.evaluation.checkers
+    checking = {f"evaluation.checkers.{name}": checker for name, checker in checkers.items()}
+    for where, reward in (by_place(config.reward, config.rewards) | checking).items():
         try:
             if fact := _fact(where, resolve_reward(reward), config, tokenizers):
                 facts.append((where, fact))

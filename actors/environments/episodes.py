@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -42,12 +43,14 @@ class EpisodeFailed(RolloutError):
         self.reason = reason
 
 
-def load_environment(path: str) -> type[Environment]:
-    """The class at ``package.module:Class`` or ``path/to/file.py:Class``.
+def load_environment(config: EnvironmentConfig) -> type[Environment]:
+    """The class at ``package.module:Class`` or ``path/to/file.py:Class``, which none is made of yet.
 
     Raises:
-        RolloutError: there is none, or it is no ``Environment``.
+        RolloutError: there is none, it is no ``Environment``, one of its methods is missing or no coroutine, or it does
+            not take the options.
     """
+    path = config.path
     try:
         found: object = load_function(path)
     except RewardError as error:
@@ -57,6 +60,16 @@ def load_environment(path: str) -> type[Environment]:
             f"rollout.environment.path {path}: not an environment; it must be a subclass of "
             "actors.environments.face.Environment"
         )
+    for name in ("reset", "step", "close"):
+        method = getattr(found, name)
+        if name in found.__abstractmethods__ or not inspect.iscoroutinefunction(inspect.unwrap(method)):
+            what = "is missing" if name in found.__abstractmethods__ else "is no coroutine"
+            raise RolloutError(f"rollout.environment.path {path}: {name} {what}; write `async def {name}`")
+    try:
+        signature = inspect.signature(found)
+        signature.bind(**config.options)
+    except TypeError as error:
+        raise RolloutError(f"rollout.environment.options of {path}: {error}; its keywords are {signature}") from error
     return found
 
 
@@ -78,13 +91,16 @@ class Episodes:
         tokenizer: the policy's.
         max_turn_tokens: the longest turn.
         context_tokens: the longest sample that the engine takes.
+
+    Raises:
+        RolloutError: there is no such environment, or it cannot be made.
     """
 
     def __init__(
         self, config: EnvironmentConfig, tokenizer: Any, *, max_turn_tokens: int, context_tokens: int
     ) -> None:
         self._config = config
-        self._make = load_environment(config.path)
+        self._make = load_environment(config)
         self._tokenizer = tokenizer
         self._num_tokens_known = len(tokenizer)
         self._max_turn_tokens = max_turn_tokens
@@ -95,7 +111,14 @@ class Episodes:
 
         Raises:
             EpisodeFailed: the environment failed.
+            RolloutError: it needs a column that the prompts' rows do not have.
         """
+        if missing := [name for name in self._make.needs_columns if name not in prompt.columns]:
+            kept = ", ".join(prompt.columns) or "none"
+            raise RolloutError(
+                f"the environment {self._config.path} needs the column {missing[0]!r} of the prompts' rows; they keep "
+                f"{kept}: name it in data.keep_columns"
+            )
         environment = self._made()
         try:
             return await self._play(environment, prompt, take_turn)

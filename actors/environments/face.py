@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 #: A text, or tokens of the policy's vocabulary.
@@ -58,7 +58,12 @@ class Step:
 
 
 class Environment(ABC):
-    """One episode. A subclass is made anew for each, with ``rollout.environment.options`` as its keywords."""
+    """One episode. A subclass is made anew for each, with ``rollout.environment.options`` as its keywords.
+
+    ``needs_columns`` names what it reads from ``Task.columns``: a run whose rows do not keep them is refused.
+    """
+
+    needs_columns: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     async def reset(self, task: Task) -> Words:

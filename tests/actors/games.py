@@ -54,3 +54,23 @@ class Faulty(Echo):
             case "gave no step":
                 return "a word"  # type: ignore[return-value]
         return step
+
+
+class Asking(Echo):
+    """Reads a column."""
+
+    needs_columns = ("id", "answer")
+
+
+class Unfinished(Environment):
+    """Lacks a method."""
+
+    async def reset(self, task: Task) -> Words:
+        return ""
+
+
+class Blocking(Echo):
+    """Answers without being awaited."""
+
+    def step(self, action: Action) -> Step:  # type: ignore[override]
+        return Step("", 0.0, True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.config import EnvironmentConfig
-from actors.environments.episodes import EpisodeFailed, Episodes, Prompt, load_environment, whole_groups
+from actors.environments.episodes import EpisodeFailed, Episodes, Prompt, whole_groups
 from actors.errors import RolloutError
 from actors.rollout_rows import Answer, rollout_rows
 from experience.table import join
@@ -130,17 +130,29 @@ async def test_what_is_not_the_environments_fault_ends_all() -> None:
 
 
 async def test_environments_that_cannot_begin() -> None:
-    with pytest.raises(EpisodeFailed, match="unexpected keyword"):
-        await episodes(options={"size": 3}).play(prompt(), Engine().take_turn)
     with pytest.raises(EpisodeFailed, match="said too much: 3 tokens before the first turn, of 3 in all"):
         await episodes(max_tokens=1).play(prompt(), Engine().take_turn)
     for path, message in {
         "tests.actors.games:Nothing": "does not exist",
         "tests.actors.nowhere:Echo": "cannot be imported",
         "tests.actors.rollouts:config": "not an environment; it must be a subclass",
+        "tests.actors.games:Unfinished": "step is missing; write `async def step`",
+        "tests.actors.games:Blocking": "step is no coroutine; write `async def step`",
     }.items():
         with pytest.raises(RolloutError, match=f"rollout.environment.path {path}.*{message}"):
-            load_environment(path)
+            episodes(path)
+    with pytest.raises(RolloutError, match=r"options of .*:Echo: got an unexpected .*'size'; its keywords are \(num_t"):
+        episodes(options={"size": 3})
+    with pytest.raises(RolloutError, match=r"options of .*:Faulty: missing a required argument: 'how'"):
+        episodes("tests.actors.games:Faulty")
+
+
+async def test_a_column_that_nobody_keeps_ends_all() -> None:
+    """It would be missing from every episode."""
+    played = episodes("tests.actors.games:Asking")
+    with pytest.raises(RolloutError, match=r"needs the column 'answer' .*; they keep id: name it in data") as how:
+        await whole_groups([(0, played.play(prompt(), Engine().take_turn))])
+    assert not isinstance(how.value, EpisodeFailed)
 
 
 def test_no_answer_gives_no_row() -> None:

@@ -103,6 +103,48 @@ def test_a_template_that_is_not_there_is_told_of_once(tokenizer: Tokenizer) -> N
     assert "chat template" in problem
 
 
+def test_text_that_is_mixed_in_is_read(runs: Path, tokenizer: Tokenizer) -> None:
+    problems, facts = look("examples/methods/ppo_ptx.yaml", tokenizer)
+    assert problems == []
+    assert "400 rows read" in facts["pretraining_data.train.0"] and "format text" in facts["pretraining_data.train.0"]
+    broken = written(runs, '{"text": "list', name="text.jsonl")
+    for with_tokenizer in (tokenizer, None):
+        sources = f"pretraining_data.train=[{broken}, runs/none.txt]"
+        first, second = look("examples/methods/ppo_ptx.yaml", with_tokenizer, sources)[0]
+        assert first.startswith(f"pretraining_data.train.0: {runs}/text.jsonl:1: not JSON")
+        assert second.startswith(f"pretraining_data.train.1: {runs}/none.txt: no such file")
+
+
+CHECKED = (
+    "data.keep_columns=[answer]",
+    "evaluation.checkers.right={kind: checker, check: {name: exact}}",
+)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False], ids=["tokenised", "read"])
+def test_held_out_rows_have_what_checkers_read(runs: Path, tokenizer: Tokenizer, with_tokenizer: bool) -> None:
+    known = tokenizer if with_tokenizer else None
+    heldout = "data.heldout=[runs/demo-data/heldout.jsonl, {}]"
+    there = written(runs, {"prompt": "list 1", "answer": None}, {"prompt": "list 2", "answer": "2"}, name="some.jsonl")
+    assert look("ray_config.yaml", known, *CHECKED, heldout.format(there))[0] == []
+    without = written(runs, {"prompt": "list 1"}, name="without.jsonl")
+    [problem], _ = look("ray_config.yaml", known, *CHECKED, heldout.format(without))
+    assert problem.startswith(f"data.heldout.1: {runs}/without.jsonl:1: no column 'answer', which data.keep_columns")
+    null = written(runs, {"prompt": "list 1", "answer": None}, name="null.jsonl")
+    [problem], _ = look("ray_config.yaml", known, *CHECKED, heldout.format(null))
+    assert problem == (
+        f"data.heldout.1: {runs}/null.jsonl: the column 'answer' is null in every row, and evaluation.checkers.right "
+        "reads it; rows with it, or evaluation.checkers.right without it"
+    )
+    # Nothing is evaluated on rows that are trained on, unless some of them are held out.
+    trained = f"data.train={null}"
+    assert look("ray_config.yaml", known, *CHECKED, heldout.format(there), trained)[0] == []
+    [problem], _ = look("ray_config.yaml", known, *CHECKED, trained, "data.heldout_fraction=0.5")
+    assert problem.startswith("data.train.0: ") and "evaluation.checkers.right reads it" in problem
+    [problem], _ = look("ray_config.yaml", known, CHECKED[0], "reward={kind: checker, check: {name: exact}}", trained)
+    assert problem.startswith("data.train.0: ") and "and reward reads it" in problem
+
+
 def places(name: str, *overrides: str) -> tuple[list[str], CheckReport]:
     report, config = CheckReport(), load(ROOT / name, overrides)
     problems = _check_places(config.placements(), config.cluster, config.cpus_wanted(), report)
