@@ -31,7 +31,7 @@ class KLConfig(_Frozen):
     )
     estimator: Literal["k1", "k2", "k3"] | None = Field(
         None, description="How a token's KL is estimated; none: k1 in the reward, k3 in the loss (REINFORCE++ with "
-        "baseline: k2)."
+        "baseline: k2 there)."
     )
     target: PositiveFloat | None = Field(
         None, description="Adaptive controller (Ziegler 2019): KL per sample, summed over tokens, in nats, that the "
@@ -159,7 +159,7 @@ class OnlineConfig(_Frozen):
             defaults = needs_of(name).defaults
         except AlgorithmError:
             return given  # the validator of the name will say so
-        return _merged(defaults, given)
+        return _merged(_of_its_placement(defaults, given), given)
 
     @field_validator("name")
     @classmethod
@@ -202,16 +202,28 @@ class OnlineConfig(_Frozen):
         return self.clip_low or self.clip_ratio or low, self.clip_high or self.clip_ratio or high
 
 
+def _of_its_placement(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``defaults`` without their KL estimator where the KL is placed elsewhere: it is a default of their placement."""
+    kl, own = defaults.get("kl", {}), _said(given.get("kl"))
+    its = kl.get("placement", KLConfig.model_fields["placement"].default)
+    if "estimator" not in kl or not isinstance(own, dict) or own.get("placement", its) == its:
+        return defaults
+    return {**defaults, "kl": {key: value for key, value in kl.items() if key != "estimator"}}
+
+
 def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` over ``defaults``, section by section."""
     merged = {**defaults, **given}
     for key, default in defaults.items():
-        own = given.get(key, {})
-        if isinstance(own, BaseModel):
-            own = own.model_dump(exclude_unset=True)
+        own = _said(given.get(key, {}))
         if isinstance(default, Mapping) and isinstance(own, dict):
             merged[key] = _merged(default, own)
     return merged
+
+
+def _said(section: object) -> object:
+    """What was said of a section, without the defaults that it was filled up with."""
+    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
 
 
 class LearningConfig(_Frozen):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from algorithms import policy_losses
 from algorithms.bundles import ALGORITHMS, POLICY_LOSSES, Algorithm, CreditInputs, LossInputs, algorithm_of
-from algorithms.config import OnlineConfig, PolicyLossName
+from algorithms.config import KLConfig, OnlineConfig, PolicyLossName
 from algorithms.errors import AlgorithmError
 from algorithms.needs import BUILT_IN, Needs, needs_of
 
@@ -50,10 +50,24 @@ def test_defaults_are_the_algorithms_own_and_what_is_said_stays() -> None:
     assert OnlineConfig(name="dr_grpo").kl.coefficient == 0
     with_kl = OnlineConfig.model_validate({"name": "dr_grpo", "kl": {"coefficient": 0.1}})
     assert (with_kl.kl.placement, with_kl.kl.in_loss, with_kl.kl.estimator_used) == ("loss", True, "k3")
-    assert OnlineConfig(name="reinforce_plus_plus_baseline").kl.estimator_used == "k2"
     for name in BUILT_IN:
         config = OnlineConfig(name=name)
         assert OnlineConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_estimator_is_the_default_of_its_placement() -> None:
+    """k2 is for the gradient of REINFORCE++ with baseline; a number in the reward is k1, as everywhere."""
+    name = "reinforce_plus_plus_baseline"
+    assert OnlineConfig(name=name).kl.estimator_used == "k2"
+    for kl in ({"placement": "reward"}, KLConfig(placement="reward")):
+        in_reward = OnlineConfig.model_validate({"name": name, "kl": kl})
+        assert (in_reward.kl.placement, in_reward.kl.estimator_used) == ("reward", "k1")
+        assert OnlineConfig.model_validate(in_reward.model_dump()) == in_reward
+    for kl in ({"coefficient": 0.1}, KLConfig(coefficient=0.1), {"placement": "loss"}):
+        in_loss = OnlineConfig.model_validate({"name": name, "kl": kl})
+        assert (in_loss.kl.placement, in_loss.kl.estimator_used) == ("loss", "k2")
+    said = OnlineConfig.model_validate({"name": name, "kl": {"placement": "reward", "estimator": "k2"}})
+    assert said.kl.estimator_used == "k2"
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
