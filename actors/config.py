@@ -196,9 +196,21 @@ class PolicyConfig(TrainedRoleConfig):
         "after each update, average = decay * average + (1 - decay) * weights (InstructGPT: 0.992). Exported as "
         "`ema/`. None: none is kept."
     )
+    ema_is_reference: bool = Field(
+        False, description="Hold the policy close to its own moving average, not to a model that stays: the average, "
+        "as it is when an iteration's training begins, is the reference. Needs ema_decay, and no section `reference`. "
+        "It bounds how fast the policy moves, not how far."
+    )
 
     @model_validator(mode="after")
     def _average_is_of_weights(self) -> PolicyConfig:
+        if self.ema_is_reference and self.tuning.has_adapter:
+            raise ValueError(
+                f"ema_is_reference needs tuning.method full, not {self.tuning.method}: no average of adapters "
+                "is kept, and the reference of an adapter is its base; leave it out"
+            )
+        if self.ema_is_reference and self.ema_decay is None:
+            raise ValueError("ema_is_reference needs the moving average that it names: set ema_decay, as 0.992")
         if self.ema_decay is not None and self.tuning.has_adapter:
             raise ValueError(
                 f"ema_decay needs tuning.method full, not {self.tuning.method}: the average of adapters is not the "

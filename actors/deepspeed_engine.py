@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
+from actors.metric_totals import accumulate, over_ranks
 from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
 from actors.moving_average import MovingAverage
 from actors.normalisation import ScoreMap, fold
 from actors.process_group import join_ranks, prepare_device
 from actors.tuning import Adapters, WeightSource, tune, weight_sources
 from actors.weights import WeightPart
-from actors.zero_settings import forward_settings, training_settings
+from actors.zero_settings import forward_settings, parameter_groups, training_settings
 from cluster.context import RankContext
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M")
 #: Maps a model and a micro-batch to a loss and metrics, both already divided by their global denominators.
 LossFunction = Callable[[nn.Module, M], tuple[Tensor, Mapping[str, Tensor]]]
-#: A metric whose name ends so is the largest over micro-batches and ranks; every other metric is summed.
-MAX_SUFFIX = "_max"
 
 _CHECKPOINT_TAG = "engine"
 
@@ -75,7 +74,7 @@ class TrainEngine:
             # Dropout draws from this process's random state, which starts out the same on every rank.
             torch.manual_seed(context.seed * context.num_ranks + context.rank)
         settings = training_settings(config, context)
-        groups = _parameter_groups(model, config.optimizer.weight_decay)
+        groups = parameter_groups(model, config.optimizer.weight_decay)
         self._engine = _start_engine(model, settings, config.zero.stage == 3, groups)
         self._model = model
         self._optimizer: Any = self._engine.optimizer
@@ -84,7 +83,7 @@ class TrainEngine:
             self._optimizer.register_step_pre_hook(self._clip)
         self._average: MovingAverage | None = None
         if ema_decay is not None:
-            self._average = MovingAverage(model, context, ema_decay, sharded=self._sharded)
+            self._average = MovingAverage(model, context, ema_decay, self._device, sharded=self._sharded)
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +107,8 @@ class TrainEngine:
             where: the place in the run, for the error ("iteration 3, minibatch 1").
 
         Returns:
-            The metrics over all ranks (see ``MAX_SUFFIX``), with ``loss``, ``grad_norm`` (before clipping) and
-            ``learning_rate``.
+            The metrics over all ranks (see ``actors.metric_totals``), with ``loss``, ``grad_norm`` (before clipping)
+            and ``learning_rate``.
 
         Raises:
             TrainingDiverged: loss or gradient is not finite; on all ranks, with the weights unchanged.
@@ -124,8 +123,8 @@ class TrainEngine:
                 loss, metrics = loss_function(self._engine, micro_batch)
                 # DeepSpeed divides the sum over ranks by their number; the losses are of the whole batch already.
                 self._engine.backward(loss * self._context.num_ranks, scale_wrt_gas=False)
-                _accumulate(totals, {"loss": loss.detach(), **metrics})
-        results = self._over_ranks(totals)
+                accumulate(totals, {"loss": loss.detach(), **metrics})
+        results = over_ranks(totals, self._context.num_ranks, self._device)
         if not math.isfinite(results["loss"]):
             self._refuse(f"the loss is {results['loss']}", where)
         try:
@@ -155,9 +154,28 @@ class TrainEngine:
         with self._require_adapters().off():
             yield
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, ``forward`` runs the moving average of the weights: the reference of a policy held close to its past.
+
+        Afterwards the weights are what they were, to the bit, whether or not something was raised. Collective: all
+        ranks enter and leave. Neither an update nor ``weights`` may come in between.
+
+        Raises:
+            RoleError: none is kept.
+        """
+        average = self._require_average()
+        try:
+            with average.in_place():
+                self._gather_anew()
+                yield
+        finally:
+            self._gather_anew()
+
     def reduce_sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over all ranks. Collective; every rank gives the same names in the same order."""
-        return self._over_ranks({name: torch.tensor(value, device=self._device) for name, value in values.items()})
+        totals = {name: torch.tensor(value, device=self._device) for name, value in values.items()}
+        return over_ranks(totals, self._context.num_ranks, self._device)
 
     def weights(
         self, bucket_bytes: int, parts: Sequence[WeightPart] = ("merged",)
@@ -240,9 +258,8 @@ class TrainEngine:
         Raises:
             RoleError: none is kept.
         """
-        if self._average is None:
-            raise RoleError(f"{self._context.role}: no moving average is kept; set ema_decay")
-        weights = {name: average.cpu() for name, average in self._average.whole() if self._context.rank == 0}
+        whole = self._require_average().whole()
+        weights = {name: average.cpu() for name, average in whole if self._context.rank == 0}
         if self._context.rank == 0:
             save_model(self._model, weights, folder, tokenizer)
         self.barrier()
@@ -269,6 +286,21 @@ class TrainEngine:
             raise RoleError(f"{self._context.role}: tuning.method is full: there is no adapter; choose lora or qlora")
         return self._adapters
 
+    def _require_average(self) -> MovingAverage:
+        if self._average is None:
+            raise RoleError(f"{self._context.role}: no moving average is kept; set ema_decay")
+        return self._average
+
+    def _gather_anew(self) -> None:
+        """After a change of the shards: let go of what stage 3 holds gathered of them, and gather what it always holds.
+
+        As DeepSpeed does around a checkpoint. Small parameters stay gathered between forwards, and after a forward
+        that was broken off any may be.
+        """
+        if self._sharded:
+            self._optimizer.checkpoint_event_prologue()
+            self._optimizer.checkpoint_event_epilogue()
+
     @contextmanager
     def _dropping(self) -> Iterator[None]:
         """Inside, adapters drop out as configured."""
@@ -294,19 +326,6 @@ class TrainEngine:
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
             raise _GradientNotFinite
-
-    def _over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        if not totals:
-            return {}
-        if self._context.num_ranks > 1:
-            for largest, operation in ((False, torch.distributed.ReduceOp.SUM), (True, torch.distributed.ReduceOp.MAX)):
-                names = [name for name in totals if name.endswith(MAX_SUFFIX) == largest]
-                if names:
-                    stacked = torch.stack([totals[name].detach().to(self._device, torch.float64) for name in names])
-                    torch.distributed.all_reduce(stacked, op=operation)
-                    totals = dict(totals) | dict(zip(names, stacked.unbind(), strict=True))
-        values = torch.stack([value.detach().to(self._device, torch.float64) for value in totals.values()]).tolist()
-        return dict(zip(totals, values, strict=True))
 
 
 class ForwardEngine:
@@ -364,17 +383,6 @@ def _gathered(parameters: Sequence[nn.Parameter], sharded: bool) -> AbstractCont
     return gathered
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices alone: not for biases, nor for the gains of norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if weight_decay == 0:
-        return [{"params": parameters}]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
 def _buckets(sources: Iterable[WeightSource], bucket_bytes: int) -> Iterator[list[WeightSource]]:
     """Weights in groups of at most ``bucket_bytes``; a larger one stands alone."""
     group: list[WeightSource] = []
@@ -387,12 +395,3 @@ def _buckets(sources: Iterable[WeightSource], bucket_bytes: int) -> Iterator[lis
         held += source.num_bytes
     if group:
         yield group
-
-
-def _accumulate(totals: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-    for name, value in metrics.items():
-        value = value.detach()
-        if name not in totals:
-            totals[name] = value
-        else:
-            totals[name] = torch.maximum(totals[name], value) if name.endswith(MAX_SUFFIX) else totals[name] + value

@@ -71,14 +71,16 @@ class PolicyActor:
         return self._logprobs(rollouts, POLICY_LOGPROBS)
 
     def score_reference(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
-        """Log-probs under the base, with the adapter off: REF_LOGPROBS of this rank's rows, as a reference role's.
+        """Log-probs under the policy's own reference: REF_LOGPROBS of this rank's rows, as a reference role's.
 
-        With ``qlora`` the base is the one in 4 bits.
+        With ``ema_is_reference`` it is the moving average as of now; collective then. Else it is the base, with the
+        adapter off; with ``qlora`` the one in 4 bits.
 
         Raises:
-            RoleError: the policy is tuned in full, so it holds no base.
+            RoleError: the policy is tuned in full and is not its own reference, so it holds none.
         """
-        with self._engine.adapter_off():
+        own = self._engine.averaged() if self._config.ema_is_reference else self._engine.adapter_off()
+        with own:
             return self._logprobs(rollouts, REF_LOGPROBS)
 
     def train(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.config import SamplingConfig
-from actors.deepspeed_engine import MAX_SUFFIX
+from actors.metric_totals import MAX_SUFFIX
 from actors.packed import ResponsePack, Samples
 from actors.updates import Size
 from algorithms.bundles import LossInputs, algorithm_of

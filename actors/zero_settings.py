@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from actors.config import ScorerConfig, TrainedRoleConfig
 from cluster.context import RankContext
 
@@ -59,3 +61,14 @@ def _common_settings(context: RankContext, dtype: str) -> dict[str, Any]:
         "steps_per_print": None,
         "bf16": {"enabled": dtype == "bfloat16"},
     }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The optimizer's: weight decay for matrices alone, not for biases, nor for the gains of norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters}]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -173,7 +173,7 @@ class OnlineRunConfig(BaseRunConfig):
     )
     reference: ReferenceConfig | None = Field(
         None, description="The model that the policy is held close to. Not needed where algorithm.kl.coefficient is 0, "
-        "nor with an adapter, whose base it is then."
+        "nor with an adapter, whose base it is then; refused with policy.ema_is_reference."
     )
     rewards: dict[str, AnyReward] = Field(
         {}, description="What responses are worth, by names of your own: each reward is a role of that name."
@@ -215,9 +215,9 @@ class OnlineRunConfig(BaseRunConfig):
 
     @property
     def policy_is_reference(self) -> bool:
-        """Whether the policy's own base, its adapter off, is what it is held close to."""
+        """Whether the policy's ranks hold what it is held close to: its base, the adapter off, or its average."""
         wanted = self.algorithm.kl.coefficient > 0
-        return self.reference is None and wanted and self.policy.tuning.has_adapter
+        return self.policy.ema_is_reference or (self.reference is None and wanted and self.policy.tuning.has_adapter)
 
 
 AnyLearnerRunConfig = SupervisedRunConfig | RewardModelRunConfig | PreferenceRunConfig | FeedbackRunConfig

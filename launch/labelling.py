@@ -85,10 +85,11 @@ class Labelling:
         self._policy_is_reference = config.policy_is_reference
         algorithm, ahead = config.algorithm, config.online.max_staleness > 0
         corrected = algorithm.correction.method != "none"
-        #: A correction compares with the policy as it is when training begins. Where nothing runs ahead that is the
-        #: policy of now; else it is scored when the batch is taken.
-        self.recomputes_late = corrected and ahead
-        self._recomputes_now = algorithm.recomputes_logprobs and not self.recomputes_late
+        # A correction compares with the policy as it is when training begins, and a moving average as it is then is the
+        # reference of all of a batch. Where nothing runs ahead that is now; else it is when the batch is taken.
+        self._recomputes_late = corrected and ahead
+        self._recomputes_now = algorithm.recomputes_logprobs and not self._recomputes_late
+        self._refers_late = config.policy.ema_is_reference and ahead
 
     async def label(self, generated: Generated, *, drop_flat: bool) -> Labelled:
         """Every column of a slice, without prompts that a reward failed on.
@@ -154,9 +155,20 @@ class Labelling:
             columns[SAFETY_PROMPTS] = [tags]
         return Scores(columns, dropped, counts)
 
-    async def recompute(self, rollouts: list[Ref]) -> list[Ref]:
-        """The policy's log-probs of a whole batch, before it is trained on."""
-        return await self._columns("policy_scoring", self._roles.policy.columns(PolicyActor.score, rollouts))
+    async def late(self, rollouts: list[Ref]) -> dict[str, list[Ref]]:
+        """What had to wait for training on a whole batch to begin, by the names of its columns; mostly nothing.
+
+        Raises:
+            ClusterError: a role failed.
+        """
+        policy, columns = self._roles.policy, dict[str, list[Ref]]()
+        if self._refers_late:
+            referred = policy.columns(PolicyActor.score_reference, rollouts)
+            columns["ref_logprobs"] = await self._columns("reference", referred)
+        if self._recomputes_late:
+            scored = policy.columns(PolicyActor.score, rollouts)
+            columns["policy_logprobs"] = await self._columns("policy_scoring", scored)
+        return columns
 
     async def _scored_by(self, name: str, rollout: Ref, prompts: Ref) -> Columns:
         group = self._roles.rewards[name]
@@ -201,6 +213,8 @@ class Labelling:
         return Scored(rollout, ref_logprobs, values, dict(zip(names, scores, strict=True)), policy_logprobs), left
 
     def _reference(self, rollout: Ref) -> Awaitable[Columns] | None:
+        if self._refers_late:
+            return None
         if self._policy_is_reference:
             return self._roles.policy.columns(PolicyActor.score_reference, [rollout])
         if (reference := self._roles.reference) is not None:

@@ -247,9 +247,7 @@ class OnlineDriver:
             batch = await self._buffer.take()
             watch.lap("wait_for_experience")
             experience = Experience.of(batch, self._score_names)
-            if self._labelling.recomputes_late:
-                policy_logprobs = await self._labelling.recompute(experience.rollouts)
-                experience = replace(experience, policy_logprobs=policy_logprobs)
+            experience = replace(experience, **await self._labelling.late(experience.rollouts))
             credit, credit_report = await self._assign_credit(experience)
             watch.lap("assign_credit")
             reports = await self._train_and_publish(experience, credit)

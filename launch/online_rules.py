@@ -30,7 +30,15 @@ def critic_where_needed(algorithm: OnlineConfig, critic: CriticConfig | None) ->
 def reference_where_needed(
     algorithm: OnlineConfig, policy: PolicyConfig, reference: ReferenceConfig | None
 ) -> Iterator[Problem]:
-    """A KL penalty has a reference: the role, or the policy with its adapter off."""
+    """A KL penalty has one reference: the role, the policy with its adapter off, or the policy's moving average."""
+    if policy.ema_is_reference:
+        if reference is not None:
+            yield Problem(
+                "reference",
+                "policy.ema_is_reference makes the policy's moving average the reference, and there is one",
+                "remove the section, or policy.ema_is_reference",
+            )
+        return
     if reference is None and algorithm.kl.coefficient > 0 and not policy.tuning.has_adapter:
         problem = _missing(
             "reference",

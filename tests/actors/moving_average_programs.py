@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
 
+from actors.config import PolicyConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
 from actors.models import load_causal_lm, load_tokenizer
+from actors.moving_average import MovingAverage
+from actors.policy import PolicyActor
+from actors.process_group import join_ranks
+from algorithms.config import OnlineConfig
 from cluster.context import RankContext
 from tests.actors import engine_programs as programs
+from tests.actors import role_programs
 
 DECAY = 0.75
 Weights = dict[str, Tensor]
@@ -67,4 +75,102 @@ def refused(own: RankContext, folder: Path, target: Path) -> list[str]:
         engine(own, folder, 1).load(target)
     except RoleError as error:
         said.append(str(error))
+    try:
+        with without.averaged():
+            said.append("entered")
+    except RoleError as error:
+        said.append(str(error))
     return said
+
+
+class Broken(Exception):
+    """What a test raises."""
+
+
+def in_place(own: RankContext, folder: Path) -> tuple[bool, bool, bool]:
+    """Without DeepSpeed: are the averages in place inside, and the weights back afterwards, and after an error?"""
+    device = join_ranks(own)
+    model = load_causal_lm(programs.config(folder, 1, dtype="bfloat16").model)
+    average = MovingAverage(model, own, DECAY, device, sharded=False)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    average.update()
+    own_weights = [parameter.detach().clone() for parameter in model.parameters()]
+    expected = [weight for _, weight in average.whole()]
+
+    def are(weights: list[Tensor]) -> bool:
+        return all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True))
+
+    assert not are(expected)
+    with average.in_place():
+        inside = are(expected)
+    outside = are(own_weights)
+    try:
+        with average.in_place():
+            raise Broken
+    except Broken:
+        return inside, outside, are(own_weights)
+
+
+def policy(own: RankContext, folder: Path, stage: int, dtype: str, decay: float = DECAY) -> PolicyActor:
+    """A policy that is held close to its own average."""
+    arguments = role_programs.trained(folder, stage, dtype=dtype)
+    config = PolicyConfig(**arguments, ema_decay=decay, ema_is_reference=True)
+    return PolicyActor(own, config, OnlineConfig(), role_programs.sampling(), 3, role_programs.NUM_ITERATIONS)
+
+
+def refer(
+    own: RankContext, folder: Path, stage: int, dtype: str, rollouts: list[pa.RecordBatch], target: Path
+) -> tuple[list[list[float]], list[list[float]]]:
+    """This rank's rows under the average of a policy that has learnt, and under the policy; all else is asserted."""
+    actor, undisturbed = policy(own, folder, stage, dtype), policy(own, folder, stage, dtype)
+
+    def reference(of: PolicyActor) -> list[list[float]]:
+        batch = of.score_reference(rollouts)[0]
+        assert batch.schema.names[1] == "ref_logprobs"
+        rows: list[list[float]] = batch.column(1).to_pylist()
+        return rows
+
+    def scores() -> list[list[float]]:
+        rows: list[list[float]] = actor.score(rollouts)[0].column(1).to_pylist()
+        return rows
+
+    def equal(one: Weights, other: Weights) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    assert reference(actor) == scores(), "before the first update the average is the initial model"
+    train(own, actor._engine, range(2))
+    train(own, undisturbed._engine, range(2))
+    weights, before = programs.weights(actor._engine), scores()
+    expected = reference(actor)
+    assert equal(programs.weights(actor._engine), weights) and scores() == before, "the weights are not back"
+    _break_off(actor, rollouts)
+    assert equal(programs.weights(actor._engine), weights) and scores() == before, "an error left the average behind"
+    assert reference(actor) == expected, "the average has moved without an update"
+    actor.export_average(target / "ema")
+    actor.save(target / "checkpoint")
+    resumed = policy(own, folder, stage, dtype)
+    resumed.load(target / "checkpoint")
+    assert reference(resumed) == expected, "a checkpoint does not hold the reference"
+    after = train(own, actor._engine, range(2, 4))[-1]
+    assert equal(after, train(own, undisturbed._engine, range(2, 4))[-1]), "training noticed"
+    assert reference(actor) != expected, "the reference stays"
+    return expected, before
+
+
+def _break_off(actor: PolicyActor, rollouts: list[pa.RecordBatch]) -> None:
+    """Score the reference, and raise in the middle of the model, when other layers' weights are gathered."""
+
+    def fail(*_: object) -> None:
+        raise Broken
+
+    layers = next(module for module in actor._engine._model.modules() if isinstance(module, nn.ModuleList))
+    hook = layers[-1].register_forward_hook(fail)
+    try:
+        actor.score_reference(rollouts)
+    except Broken:
+        return
+    finally:
+        hook.remove()
+    raise AssertionError("it was not broken off")

@@ -11,6 +11,7 @@ import torch
 
 from actors.config import (
     CriticConfig,
+    Dtype,
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -65,8 +66,10 @@ def reward(own: RankContext, folder: Path, tokenizer: Path, sharding: str = "rep
     return RewardActor(own, config, ModelConfig(path=str(tokenizer)))
 
 
-def reference(own: RankContext, folder: Path, sharding: str = "replicas") -> ReferenceActor:
-    model = ModelConfig(path=str(folder), dtype="float32")
+def reference(
+    own: RankContext, folder: Path, sharding: str = "replicas", dtype: Dtype = "float32"
+) -> ReferenceActor:
+    model = ModelConfig(path=str(folder), dtype=dtype)
     return ReferenceActor(own, ReferenceConfig(model=model, sharding=sharding, max_tokens_per_pack=PACK), sampling())
 
 
@@ -102,7 +105,7 @@ def data_reference(
         model=ModelConfig(path=str(folder), dtype="float32"), sharding=sharding, max_tokens_per_pack=PACK
     )
     actor = DataReferenceActor(own, config)
-    return actor.weights_digest(), [actor.score(batch)[0] for batch in batches]
+    return actor.model_digest(), [actor.score(batch)[0] for batch in batches]
 
 
 def reward_scores(

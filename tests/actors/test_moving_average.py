@@ -9,9 +9,11 @@ import torch
 import transformers
 from pydantic import ValidationError
 
-from actors.config import PolicyConfig
+from actors.config import Dtype, PolicyConfig
 from tests.actors import moving_average_programs as programs
-from tests.actors.ranks import Ranks
+from tests.actors import role_programs
+from tests.actors.experience_batches import rollout, rows_of
+from tests.actors.ranks import Ranks, context
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "bfloat16"), (3, "float32")])
@@ -35,9 +37,40 @@ def test_it_follows_the_weights(stage: int, dtype: str, models: Path, two_ranks:
 
 def test_what_is_not_kept_is_refused(models: Path, one_rank: Ranks, tmp_path: Path) -> None:
     (said,) = one_rank.run(programs.refused, models / "qwen2", tmp_path)
-    assert [part for part in said if "set ema_decay" in part]
+    assert len([part for part in said if "set ema_decay" in part]) == 2
     assert [part for part in said if "has no moving average" in part]
-    with pytest.raises(ValidationError, match=r"ema_decay needs tuning\.method full, not lora"):
-        PolicyConfig.model_validate(
-            {"model": {"path": "m"}, "optimizer": {"learning_rate": 1}, "tuning": {"method": "lora"}, "ema_decay": 0.9}
-        )
+
+
+LORA = {"tuning": {"method": "lora"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({**LORA, "ema_decay": 0.9}, r"ema_decay needs tuning\.method full, not lora"),
+        ({**LORA, "ema_is_reference": True}, r"ema_is_reference needs tuning\.method full, not lora"),
+        ({"ema_is_reference": True}, "ema_is_reference needs the moving average that it names: set ema_decay"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(settings: dict[str, object], what: str) -> None:
+    with pytest.raises(ValidationError, match=what):
+        PolicyConfig.model_validate({"model": {"path": "m"}, "optimizer": {"learning_rate": 1}, **settings})
+
+
+def test_it_takes_the_place_of_the_weights_and_gives_it_back(models: Path, two_ranks: Ranks) -> None:
+    assert two_ranks.run(programs.in_place, models / "qwen2") == [(True, True, True)] * 2
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")])
+def test_it_is_the_reference(stage: int, dtype: Dtype, models: Path, two_ranks: Ranks, tmp_path: Path) -> None:
+    """Log-probs of a model that is loaded with the average; and the policy does not notice."""
+    rollouts = [rollout(8, seed=1), rollout(5, seed=2, first_id=8)]
+    results = two_ranks.run(programs.refer, models / "qwen2", stage, dtype, rollouts, tmp_path)
+    found, own = ([row for part in parts for row in part] for parts in zip(*results, strict=True))
+    loaded = role_programs.reference(context(role="reference"), tmp_path / "ema", dtype=dtype)
+    expected = rows_of([loaded.score(rollouts)[0]], "ref_logprobs")
+    near = 1e-5 if dtype == "float32" else 2e-2
+    for row, right in zip(found, expected, strict=True):
+        assert row == pytest.approx(right, abs=near)
+    # What they are told apart by: the policy has gone on.
+    assert max(abs(a - b) for pair in zip(own, expected, strict=True) for a, b in zip(*pair, strict=True)) > 5 * near

@@ -26,7 +26,7 @@ from algorithms.kl import KLController
 from cluster.context import RankContext
 from experience.buffer import BufferState, ChunkState
 from experience.ledger import Ledger, PromptState
-from experience.schema import PROMPTS, ROLLOUT, SCORES, make_batch
+from experience.schema import PROMPTS, REF_LOGPROBS, ROLLOUT, SCORES, make_batch
 from experience.turns import one_turn_each
 from launch import online
 from launch.buffered import Scored, keep_buffered, read_buffered
@@ -165,6 +165,13 @@ class Policy:
         self.advantages.append([row[0] for batch in credit for row in batch.column("advantages").to_pylist()])
         return TrainReport({}, 1, 1.0)
 
+    def score_reference(self, rollouts: list[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
+        """Less by one for each iteration that was trained."""
+        rows = [row for batch in rollouts for row in batch.to_pylist()]
+        logprobs = [[-1.0 - len(self.prompts)] * len(row["rollout_logprobs"]) for row in rows]
+        ids = [row["sample_id"] for row in rows]
+        return make_batch(REF_LOGPROBS, {"sample_id": ids, "ref_logprobs": logprobs}), ColumnInfo(len(rows), 0, 0.0)
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
 
@@ -269,6 +276,15 @@ async def test_without_redraws_nothing_is_dropped(tmp_path: Path) -> None:
     await run.drive()
     assert [prompt for prompts in run.policy.prompts for prompt in prompts] == list(range(12))
     assert not [row for row in run.recorder.rows if "experience/dropped_prompts" in row]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_moving_reference_is_as_training_begins(max_staleness: int, tmp_path: Path) -> None:
+    """Whether or not its samples were drawn, and stood ready, while the iteration before was trained on."""
+    average = ("policy.ema_decay=0.9", "policy.ema_is_reference=true", "algorithm.kl.coefficient=0.1")
+    run = Run(tmp_path, "dr_grpo", lambda prompt: False, *average, max_staleness=max_staleness)
+    await run.drive()
+    assert [row["experience/kl_per_token"] for row in run.recorder.rows] == [0.0, 1.0, 2.0]
 
 
 async def test_a_greedy_response_is_the_baseline_and_is_not_trained_on(tmp_path: Path) -> None:

@@ -220,6 +220,23 @@ def test_a_kl_penalty_has_a_reference_or_an_adapter() -> None:
     assert config.algorithm.kl == role.algorithm.kl and config.algorithm.kl.in_loss
 
 
+def test_a_moving_average_is_the_reference_alone() -> None:
+    average = ("policy.ema_decay=0.9", "policy.ema_is_reference=true")
+    [(where, what)] = refused("methods/grpo", *average)
+    assert (where, what) == (
+        "reference",
+        "policy.ema_is_reference makes the policy's moving average the reference, and there is one; remove the "
+        "section, or policy.ema_is_reference",
+    )
+    for coefficient in (0.1, 0.0):  # at 0 the distance is measured, as that to a role is
+        words = [*average, "reference=null", f"algorithm.kl.coefficient={coefficient}"]
+        config = load(EXAMPLES / "methods" / "grpo.yaml", words)
+        assert isinstance(config, OnlineRunConfig) and config.policy_is_reference
+        assert "reference" not in config.placements()
+    [(where, _)] = refused("methods/grpo", "policy.ema_decay=0.9", "reference=null")
+    assert where == "reference"
+
+
 def test_what_compares_responses_has_several() -> None:
     one = "rollout.sampling.samples_per_prompt=1"
     [(where, what)] = refused("methods/grpo", one)
