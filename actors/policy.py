@@ -58,7 +58,9 @@ class PolicyActor:
         self._pretraining_coefficient = algorithm.pretraining.coefficient
         self._objective = PolicyObjective(algorithm, sampling)
         self._temperature = sampling.temperature
-        self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
+        # While the critic warms up the policy has no updates.
+        first_iteration = algorithm.critic_warmup_iterations
+        self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations, first_iteration)
         self._tokenizer = load_tokenizer(config.model)
         model = load_causal_lm(config.model, seed=seed)
         # Before the engine takes the model apart.

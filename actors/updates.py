@@ -52,12 +52,25 @@ class Minibatch:
 class ScheduledUpdates:
     """Cuts iterations into minibatches and gives each its learning rate."""
 
-    def __init__(self, optimizer: OptimizerConfig, algorithm: OnlineConfig, seed: int, num_iterations: int) -> None:
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        algorithm: OnlineConfig,
+        seed: int,
+        num_iterations: int,
+        first_iteration: int = 0,
+    ) -> None:
+        """
+        Args:
+            num_iterations: of the whole run.
+            first_iteration: the first that has updates; the schedule is of the updates from there on.
+        """
         self._optimizer = optimizer
         self._num_epochs = algorithm.num_epochs
         self._num_minibatches = algorithm.num_minibatches
         self._seed = seed
-        self._num_updates = num_iterations * self.per_iteration
+        self._first_iteration = first_iteration
+        self._num_updates = (num_iterations - first_iteration) * self.per_iteration
 
     @property
     def per_iteration(self) -> int:
@@ -69,8 +82,9 @@ class ScheduledUpdates:
 
         Raises:
             ValueError: there are fewer rows than minibatches.
+            AlgorithmError: the iteration has no updates.
         """
-        update = iteration * self._num_epochs * self._num_minibatches
+        update = (iteration - self._first_iteration) * self.per_iteration
         for epoch in range(self._num_epochs):
             cuts = minibatches(num_rows, self._num_minibatches, self._seed, iteration, epoch)
             for number, rows in enumerate(cuts):

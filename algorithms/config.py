@@ -144,7 +144,10 @@ class OnlineConfig(_Frozen):
         "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it."
     )
     correction: CorrectionConfig = Field(CorrectionConfig(), description="Weights against engine and age.")
-    critic_warmup_iterations: int = Field(0, ge=0, description="First iterations that train the critic alone.")
+    critic_warmup_iterations: int = Field(
+        0, ge=0, description="First iterations that train the critic alone. The policy's learning-rate schedule, and "
+        "the steering of the KL coefficient, begin behind them."
+    )
     pretraining: PretrainingMixConfig = Field(
         PretrainingMixConfig(), description="The mixture with `pretraining_data`, where that is given."
     )

@@ -190,12 +190,13 @@ def sent_weights(own: RankContext, folder: Path, stage: int) -> dict[str, Any]:
 
 
 def rates(own: RankContext, folder: Path, rollouts: list[pa.RecordBatch], credit: pa.RecordBatch) -> list[float]:
-    """Learning rates of a whole run with a linear schedule."""
+    """Learning rates of the policy in a whole run with a linear schedule, whose first iteration is the critic's."""
     schedule = ScheduleConfig(shape="linear", final_fraction=0.1)
     optimizer = OptimizerConfig(learning_rate=1e-3, schedule=schedule)
     config = PolicyConfig(**(trained(folder, 1) | {"optimizer": optimizer}))
-    actor = PolicyActor(own, config, OnlineConfig(), sampling(), 3, NUM_ITERATIONS)
-    return [actor.train(i, rollouts, [credit]).metrics["learning_rate"] for i in range(NUM_ITERATIONS)]
+    algorithm = OnlineConfig(critic_warmup_iterations=1)
+    actor = PolicyActor(own, config, algorithm, sampling(), 3, NUM_ITERATIONS)
+    return [actor.train(i, rollouts, [credit]).metrics["learning_rate"] for i in range(1, NUM_ITERATIONS)]
 
 
 def layout_and_weights(own: RankContext, folder: Path, stage: int) -> tuple[list[Any], list[Any]]:
