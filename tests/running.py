@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,29 @@ def learnt(row: Mapping[str, float]) -> dict[str, float]:
 
 def check_done(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+
+
+@contextmanager
+def served(model: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A reward model behind ``troupe serve-reward``: its address, once it can score, and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    words = (sys.executable, "-m", "launch", "serve-reward", str(model), "--port", str(port), "--dtype", "float32")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, env=environment) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                    break
+                except OSError:
+                    assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.kill()
 
 
 def stop(home: Path, words: Sequence[str], *, at_line: str = "", at_file: Path | None = None) -> list[str]:
