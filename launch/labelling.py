@@ -2,7 +2,8 @@
 
 Invariants:
 
-- A column is there exactly when its role is; a role that the run lacks leaves an empty list.
+- A column is there exactly when its role is; a role that the run lacks leaves an empty list. The policy's ranks may
+  hold the reference in the role's stead.
 - This process handles references to columns, counts, and the numbers of prompts.
 - Of a prompt that a reward has no score for, no sample is kept. Where prompts without signal are dropped, scores come
   first, and the other roles never see what is dropped.

@@ -118,7 +118,9 @@ def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_aske
     ahead = ("online.max_staleness=1", "algorithm.recompute_logprobs=true", "algorithm.critic_warmup_iterations=0")
     # Two engines, and weights that are sharded over the policy's ranks.
     spread = ("rollout.ranks_per_node=2", "policy.zero.stage=3")
-    words, run = ("train", *PPO, *ahead, *spread), home / "runs" / "ppo"
+    # The reference is the policy's average, of which each rank has its shards.
+    average = ("policy.ema_decay=0.9", "policy.ema_is_reference=true", "reference=null")
+    words, run = ("train", *PPO, *ahead, *spread, *average), home / "runs" / "ppo"
     # Stopped while its roles start, it has a checkpoint all the same, and its name is free to go on under.
     stop(home, words, at_file=run / "logs" / "policy-0.log")
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000000"]
@@ -133,6 +135,8 @@ def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_aske
     # From the second iteration on, experience was drawn while the one before it was trained on.
     assert max(row["experience/staleness_max"] for row in steps) == 1
     assert all("experience/engine_logprob_gap_max" in row for row in steps)
+    # At first the average is the policy that drew.
+    assert abs(steps[0]["experience/kl_per_token"]) < 1e-4 < abs(steps[-1]["experience/kl_per_token"])
 
 
 @pytest.mark.slow
