@@ -1,13 +1,14 @@
-"""Fixtures of the role tests: tiny models, and processes that play ranks."""
+"""Fixtures of the role tests: tiny models, processes that play ranks, and what engines need around them."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.actors import tiny_models
+from tests.actors import rollouts, tiny_models
 from tests.actors.ranks import Ranks
 
 
@@ -36,3 +37,14 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(1, tmp_path_factory.mktemp("rank"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_surroundings() -> Iterator[None]:
+    """The environment that an engine's process is started with, for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rollouts.environment().items():
+            patch.setenv(name, value)
+        yield
+        # Here, where warnings are ignored, and not at the session's end: vLLM leaves sockets to the collector.
+        gc.collect()

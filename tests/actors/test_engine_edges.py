@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.actors import rollouts
 from tests.actors.ranks import context
 
 pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
     pytest.mark.timeout(240),
@@ -34,15 +34,6 @@ pytestmark = [
 TOLERANCE = 1e-4
 #: Not a multiple of 64, to which vLLM pads embeddings: their padding never comes, and is not missing.
 VOCAB = 70
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from experience.table import join
 from tests.actors import rollouts
 
 pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
     pytest.mark.timeout(240),
@@ -28,15 +28,6 @@ pytestmark = [
 
 TOLERANCE = 1e-4
 LENGTHS = [5, 17, 140, 9]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,15 @@ from actors.config import ModelConfig
 from actors.models import PackedModel, load_causal_lm, saved_form
 from tests.actors import families, rollouts
 
-pytestmark = [pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
+    pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
+    pytest.mark.timeout(240),
+]
 
 #: Heads 32 wide, for vLLM on CPU.
 HEADS: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2}
 CHANGES = {"mixtral": HEADS | {"num_key_value_heads": 2, "head_dim": 32}, "gpt_neox": HEADS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        gc.collect()
 
 
 class Sent:

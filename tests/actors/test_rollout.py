@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ from experience.schema import ROLLOUT, check_schema
 from tests.actors import rollouts
 
 pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
     pytest.mark.timeout(240),
@@ -31,16 +31,6 @@ pytestmark = [
 LENGTHS = [3, 40, 8, 17, 5, 60, 12, 9]
 ROWS = list(range(len(LENGTHS)))
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        # Here, where warnings are ignored, and not at the session's end: vLLM leaves sockets to the collector.
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

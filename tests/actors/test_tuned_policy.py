@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,18 +19,13 @@ from tests.actors import tuning_programs as programs
 from tests.actors.experience_batches import rollout
 from tests.actors.ranks import Ranks
 
-pytestmark = [pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
+    pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
+    pytest.mark.timeout(240),
+]
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

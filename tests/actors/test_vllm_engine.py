@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from actors.vllm_engine.engine import Completion, Engine
 
 pytestmark = [
+    pytest.mark.usefixtures("vllm_surroundings"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS),
     pytest.mark.timeout(240),
@@ -29,15 +29,6 @@ pytestmark = [
 TOLERANCE = 1e-4
 PARTIAL = 48
 LONG = [100, 130, 90, 20, 100]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -22,18 +22,10 @@ from tests.actors import rollouts
 from tests.actors.ranks import Ranks, context
 from tests.actors.role_programs import layout_and_weights
 
-pytestmark = pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS)
+pytestmark = [pytest.mark.usefixtures("vllm_surroundings"), pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS)]
 
 METAS = [WeightMeta("embed", "float32", (4, 3)), WeightMeta("bias", "float32", (3,))]
 PARAMETERS = [("embed", torch.arange(12.0).reshape(4, 3)), ("bias", torch.ones(3))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rollouts.environment().items():
-            patch.setenv(name, value)
-        yield
 
 
 def bucket(uuid: str, metas: list[WeightMeta] = METAS) -> SharedBucket:

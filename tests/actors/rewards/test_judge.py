@@ -6,7 +6,6 @@ import asyncio
 import doctest
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,17 +36,11 @@ def sample(response: str, gold: object = 7) -> RewardSample:
     return RewardSample("ASK", response, True, {"gold": gold})  # type: ignore[dict-item]
 
 
-@pytest.fixture
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in rollouts.environment().items():
-        monkeypatch.setenv(name, value)
-    yield
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm_surroundings")
 @pytest.mark.filterwarnings(rollouts.IGNORED_WARNINGS)
 @pytest.mark.timeout(240)
-async def test_a_judges_labels_are_the_probabilities_of_its_model(tmp_path: Path, surroundings: None) -> None:
+async def test_a_judges_labels_are_the_probabilities_of_its_model(tmp_path: Path) -> None:
     folder = rollouts.write_model(tmp_path / "judge", tied=False)
     labels = LabelsConfig(values={"Y": 1.0, "N": -1.0, "M": 0.25}, least_mass=0.0)
     reward = JudgeReward(config(folder, labels=labels), context(role="judge"))
@@ -90,8 +83,9 @@ class Engine:
         return SimpleNamespace(text="1e999" if "HUGE" in said else "NOTHING" if "MUTE" in said else "7")
 
 
+@pytest.mark.usefixtures("vllm_surroundings")
 async def test_every_fault_of_the_engine_is_a_failure_but_its_death(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surroundings: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "actors.vllm_engine.judging", SimpleNamespace(JudgeEngine=Engine))
     tiny_models.tokenizer().save_pretrained(tmp_path)
