@@ -162,7 +162,12 @@ class OnlineState:
         self.iteration += 1
 
     def adapt_kl(self, report: CreditReport) -> None:
-        """Steer the KL coefficient by the batch that was trained on; without a reference there is none to steer."""
+        """Steer the KL coefficient by the batch that was last ``consumed``; without a reference there is none to steer.
+
+        Nor is it steered while the critic warms up: it holds nothing then, and a KL of 0 says nothing of it.
+        """
+        if self.iteration <= self._config.algorithm.critic_warmup_iterations:
+            return
         if (kl := report.metrics.get("experience/kl_per_sample")) is not None:
             self.kl = self.kl.updated(kl, self._config.online.batch_size)
 
