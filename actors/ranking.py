@@ -21,6 +21,7 @@ from algorithms.loss_terms import add_terms
 from algorithms.ranking import (
     accuracy_counts,
     best_of_loss,
+    centring_term,
     kwise_centring_term,
     kwise_loss,
     num_ranked_prompts,
@@ -127,16 +128,16 @@ class RewardRanking(Objective[ComparisonPack]):
                 )
             case "best_of":
                 loss = best_of_loss(scores_N, pack.ranks_N, pack.offsets_P, denominator=denominator)
-        if not self._config.centring_coefficient:
+        coefficient = self._config.centring_coefficient
+        if not coefficient:
             return loss
+        if self._config.loss == "soft_labels":  # of every comparison: ties are learnt from too
+            firsts, seconds = scores_N[0::2], scores_N[1::2]
+            return add_terms(loss, centring_term(firsts, seconds, coefficient=coefficient, denominator=denominator))
         return add_terms(
             loss,
             kwise_centring_term(
-                scores_N,
-                pack.ranks_N,
-                pack.offsets_P,
-                coefficient=self._config.centring_coefficient,
-                denominator=denominator,
+                scores_N, pack.ranks_N, pack.offsets_P, coefficient=coefficient, denominator=denominator
             ),
         )
 

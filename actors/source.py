@@ -48,9 +48,9 @@ class SourceDescription:
 
     ``num_rows`` is one epoch, ``num_rows_in_all`` every row once, held-out ones too. ``num_sequences`` and
     ``num_heldout_sequences`` count rows of record batches: responses where the data are comparisons. ``longest`` is of
-    one of them, ``longest_row`` of a comparison's together, both in tokens. ``num_heldout_bytes`` is the UTF-8 text
-    that the ``num_heldout_learnt`` tokens of held-out examples stand for (see ``bits_per_byte``). ``fingerprint``
-    changes with what a cursor means, ``digest`` with what an id means.
+    one of them, ``longest_row`` of a comparison's together, both in tokens; ``most_responses`` is of one comparison.
+    ``num_heldout_bytes`` is the UTF-8 text that the ``num_heldout_learnt`` tokens of held-out examples stand for (see
+    ``bits_per_byte``). ``fingerprint`` changes with what a cursor means, ``digest`` with what an id means.
     """
 
     kind: Kind
@@ -62,6 +62,7 @@ class SourceDescription:
     num_tokens: int
     longest: int
     longest_row: int
+    most_responses: int
     num_heldout_learnt: int
     num_heldout_bytes: int
     counts: tuple[Counts, ...]
@@ -91,6 +92,7 @@ class SourceActor:
         model: whose tokenizer is used.
         seed: of the order.
         whole_document: pre-training: every row is a document, learnt whole.
+        keep_ties: keep comparisons of tied responses that have a ``preference``.
 
     Raises:
         DataError: the data or the tokenizer cannot be used as configured.
@@ -104,10 +106,13 @@ class SourceActor:
         model: ModelConfig,
         seed: int,
         whole_document: bool = False,
+        keep_ties: bool = False,
     ) -> None:
         started = time.monotonic()
         self._tokenizer = load_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
-        self._data = Dataset.from_config(data, kind, self._tokenizer, seed=seed, whole_document=whole_document)
+        self._data = Dataset.from_config(
+            data, kind, self._tokenizer, seed=seed, whole_document=whole_document, keep_ties=keep_ties
+        )
         logger.info(
             "%s rank %d: %d rows of %s an epoch, %d held out, %d tokens, read in %.1f s",
             context.role,
@@ -134,6 +139,7 @@ class SourceActor:
             num_tokens=data.num_tokens,
             longest=data.longest,
             longest_row=data.longest_row,
+            most_responses=max(train.most_rows, heldout.most_rows),
             num_heldout_learnt=heldout.num_learnt_tokens if learns else 0,
             num_heldout_bytes=round(heldout.num_learnt_bytes) if learns else 0,
             counts=data.counts,

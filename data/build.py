@@ -1,8 +1,8 @@
 """One source becomes two tables of sequences: what is trained on, and what is held out.
 
-Invariant: every row read is counted once: ``read == filtered + bad + too_long + train + heldout``. Documents that are
-packed or cut into pieces are never too long, and count as documents, however many sequences they make; a pair of
-responses that is read as feedback counts once.
+Invariant: every row read is counted once: ``read == filtered + bad + tied + too_long + train + heldout``. Documents
+that are packed or cut into pieces are never too long, and count as documents, however many sequences they make; a pair
+of responses that is read as feedback counts once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_ROWS_NAMED = 20
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows of one source."""
+    """What became of the rows of one source; ``num_preferences`` of those that are kept have a ``preference``."""
 
     path: str
     format: str = ""
@@ -47,11 +47,14 @@ class Counts:
     train: int = 0
     heldout: int = 0
     filtered: int = 0
+    tied: int = 0
+    num_preferences: int = 0
 
     def __str__(self) -> str:
         kept = f"{self.train} kept" + (f", {self.heldout} held out" if self.heldout else "")
         filtered = f", {self.filtered} left out by `where`" if self.filtered else ""
-        return f"{self.path}: {self.read} rows read{filtered}, {self.bad} bad, {self.too_long} too long, {kept}"
+        tied = f", {self.tied} tied" if self.tied else ""
+        return f"{self.path}: {self.read} rows read{filtered}, {self.bad} bad{tied}, {self.too_long} too long, {kept}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class _Tally:
     train: int = 0
     heldout: int = 0
     filtered: int = 0
+    tied: int = 0
+    num_preferences: int = 0
     longest: int = 0
 
     def leave_out(self, origin: str, why: str) -> None:
@@ -89,8 +94,8 @@ class _Tally:
             logger.warning("%s: more rows are left out; they are counted from here on, not named", self.path)
 
     def counts(self) -> Counts:
-        kept = (self.train, self.heldout)
-        return Counts(self.path, self.format, self.read, self.bad, self.too_long, *kept, self.filtered)
+        kept = (self.train, self.heldout, self.filtered, self.tied, self.num_preferences)
+        return Counts(self.path, self.format, self.read, self.bad, self.too_long, *kept)
 
 
 class _Split:
@@ -131,17 +136,27 @@ class Builder:
         kind: what the rows are for.
         tokenizer: the model's.
         whole_document: pre-training: every row is a document, learnt whole.
+        keep_ties: keep comparisons of tied responses that have a ``preference``, which one loss learns from.
 
     Raises:
         TokenizerError: the tokenizer lacks EOS or a chat template that this needs.
     """
 
-    def __init__(self, config: DataConfig, kind: Kind, tokenizer: Tokenizer, *, whole_document: bool = False) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        kind: Kind,
+        tokenizer: Tokenizer,
+        *,
+        whole_document: bool = False,
+        keep_ties: bool = False,
+    ) -> None:
         if kind != "prompts":
             require_eos(tokenizer, f"has to end every sequence of {kind}")
         self._config = config
         self._kind: Kind = kind
         self._whole_document = whole_document
+        self._keep_ties = keep_ties
         self._renderer = Renderer(tokenizer, config.apply_chat_template)
         self._encoder = Encoder(tokenizer)
 
@@ -178,6 +193,9 @@ class Builder:
             tally.read += 1
             try:
                 record = self._record(row, tally)
+                if isinstance(record, Comparison) and self._is_left_out(record):
+                    tally.tied += 1
+                    continue
                 rendered = [] if record is None else self._render(record)
                 kept = self._kept(row.values) if record is not None and isinstance(row, Row) else "{}"
             except RowError as error:
@@ -213,6 +231,10 @@ class Builder:
             self._require_margin(record)
         return record
 
+    def _is_left_out(self, comparison: Comparison) -> bool:
+        """It says of no response that it is better, nor, where that is learnt, how surely."""
+        return comparison.is_tied and not (self._keep_ties and comparison.preference is not None)
+
     def _render(self, record: Record) -> list[Rendered]:
         match record:
             case Document():
@@ -246,6 +268,7 @@ class Builder:
             heldout = bool(fraction) and is_heldout(prompt_key(record), fraction)
             tally.heldout += heldout
             tally.train += not heldout
+            tally.num_preferences += isinstance(record, Comparison) and record.preference is not None
             if not cut:
                 self._write(splits[heldout].writer, unit, record, {"origin": origin, "kept": kept})
             elif self._config.documents == "packed":
@@ -259,8 +282,8 @@ class Builder:
         prompt_lengths = [row.num_prompt_tokens for row in unit] if self._kind in ("comparisons", "feedback") else []
         match self._kind, record:
             case "comparisons", Comparison():
-                margin = self._margin(record)
-                numbers = {"rank": record.ranks, "margin": [margin], "preference": [record.preference]}
+                surely = 1.0 if record.preference is None else record.preference
+                numbers = {"rank": record.ranks, "margin": [self._margin(record)], "preference": [surely]}
                 writer.add(unit, {**numbers, "num_prompt_tokens": prompt_lengths}, {"rating": record.rating})
             case "feedback", _:
                 labels = [record.desirable] if isinstance(record, Feedback) else [True, False]

@@ -48,7 +48,9 @@ class Cache:
     settings: str
 
     @classmethod
-    def of(cls, config: DataConfig, kind: Kind, tokenizer: Tokenizer, *, whole_document: bool) -> Cache:
+    def of(
+        cls, config: DataConfig, kind: Kind, tokenizer: Tokenizer, *, whole_document: bool, keep_ties: bool
+    ) -> Cache:
         """The cache that a configuration asks for.
 
         Raises:
@@ -64,6 +66,7 @@ class Cache:
         settings = {
             "kind": kind,
             "whole_document": whole_document,
+            "keep_ties": keep_ties,
             "config": config.model_dump(mode="json", exclude=_NOT_OF_ROWS),
             "tokenizer": tokenizer_digest(tokenizer),
             "code": _code_digest(),

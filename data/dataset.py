@@ -68,7 +68,14 @@ class Dataset:
 
     @classmethod
     def from_config(
-        cls, config: DataConfig, kind: Kind, tokenizer: Tokenizer, *, seed: int, whole_document: bool = False
+        cls,
+        config: DataConfig,
+        kind: Kind,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        whole_document: bool = False,
+        keep_ties: bool = False,
     ) -> Dataset:
         """Read, tokenise and split all sources.
 
@@ -78,13 +85,15 @@ class Dataset:
             tokenizer: the model's own.
             seed: of the order.
             whole_document: pre-training: rows are documents, learnt whole and, as ``documents`` says, packed or cut.
+            keep_ties: keep comparisons of two tied responses that have a ``preference``, for a loss that learns from
+                it.
 
         Raises:
             DataError: a source cannot be read, is of no known format or empty, a row is refused, or the tokenizer
                 lacks what the data need.
         """
-        builder = Builder(config, kind, tokenizer, whole_document=whole_document)
-        cache = Cache.of(config, kind, tokenizer, whole_document=whole_document)
+        builder = Builder(config, kind, tokenizer, whole_document=whole_document, keep_ties=keep_ties)
+        cache = Cache.of(config, kind, tokenizer, whole_document=whole_document, keep_ties=keep_ties)
         built = [cache.build(builder, source, config.heldout_fraction) for source in config.train]
         extra = [cache.build(builder, source, 0.0) for source in config.heldout]
         for source in built:

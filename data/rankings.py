@@ -3,7 +3,7 @@
 Beside the responses a row may say by how much, how surely, and in which words the first is better: ``margin`` (a
 number), ``preference`` (the probability that the first of two beats the second) and ``rating`` (a name).
 
-Invariant: a comparison holds at least one pair of which one response is better.
+Invariant: equal keys have equal ranks. A row of nothing but ties is no bad row; what becomes of it is the builder's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ranked(asked: Callable[[Values], Prompt], by: str) -> Callable[[Values], Com
     """How to read a prompt with ``responses``, ordered by the column ``by``.
 
     ``ranks``: lower is better. ``scores``: higher is better. Equal ones are ties. ``preference``: of two responses,
-    the probability that the first is better.
+    the probability that the first is better, where 0.5 is a tie.
 
     Example: scores [0.5, 2.0, 0.5] put the second response first: ranks [0, 1, 1].
     """
@@ -76,7 +76,8 @@ def ranked(asked: Callable[[Values], Prompt], by: str) -> Callable[[Values], Com
         responses = [_beside(prompt, value, f"response {number}") for number, value in enumerate(given, 1)]
         preference = _preference(values, len(responses))
         if by == "preference":
-            keys = [0.0, 1.0] if preference >= 0.5 else [1.0, 0.0]
+            first = 1.0 if preference is None else preference
+            keys = [1 - first, first]
         else:
             keys = _numbers(values[by], by, len(responses))
             keys = [-key for key in keys] if by == "scores" else keys
@@ -86,11 +87,9 @@ def ranked(asked: Callable[[Values], Prompt], by: str) -> Callable[[Values], Com
 
 
 def _ordered(
-    prompt: Prompt, responses: Sequence[Turns], keys: Sequence[float], preference: float, values: Values
+    prompt: Prompt, responses: Sequence[Turns], keys: Sequence[float], preference: float | None, values: Values
 ) -> Comparison:
     """Best (lowest key) first."""
-    if len(set(keys)) == 1:
-        raise RowError(f"all {len(keys)} responses are tied, so there is nothing to compare")
     rank_of = {key: rank for rank, key in enumerate(sorted(set(keys)))}
     order = sorted(range(len(keys)), key=lambda place: keys[place])
     best_key: dict[Turns, float] = {}
@@ -102,7 +101,7 @@ def _ordered(
         tuple(responses[place] for place in order),
         tuple(rank_of[keys[place]] for place in order),
         *_margin_and_rating(values),
-        preference if order[0] == 0 or values.get("preference") is None else 1 - preference,
+        preference if order[0] == 0 or preference is None else 1 - preference,
     )
 
 
@@ -131,10 +130,10 @@ def _margin_and_rating(values: Values) -> tuple[float | None, str]:
     return None if margin is None else number_of(margin, "margin"), rating
 
 
-def _preference(values: Values, num_responses: int) -> float:
+def _preference(values: Values, num_responses: int) -> float | None:
     value = values.get("preference")
     if value is None:
-        return 1.0
+        return None
     preference = number_of(value, "preference")
     if num_responses != 2:
         raise RowError(f"preference is of two responses, here are {num_responses}")

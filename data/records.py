@@ -48,9 +48,9 @@ class Demonstration:
 class Comparison:
     """Responses to one prompt, best first.
 
-    ``ranks`` start at 0 and rise by 0 (a tie) or 1; at least two differ. ``margin`` is none where the row gives none,
-    ``rating`` is empty. ``preference`` is the probability that the first response beats the second; it is 1 where the
-    row gives none, and always with more than two responses.
+    ``ranks`` start at 0 and rise by 0 (a tie) or 1. ``margin`` is none where the row gives none, ``rating`` is empty.
+    ``preference`` is the probability that the first response beats the second; it is none where the row gives none,
+    and always with more than two responses.
     """
 
     prompt: Prompt
@@ -58,7 +58,12 @@ class Comparison:
     ranks: tuple[int, ...]
     margin: float | None = None
     rating: str = ""
-    preference: float = 1.0
+    preference: float | None = None
+
+    @property
+    def is_tied(self) -> bool:
+        """No response is better than another."""
+        return not any(self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

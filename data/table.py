@@ -120,13 +120,17 @@ def mapped(codes: Mapping[str, str], folder: Path) -> dict[str, Column]:
 
 @dataclass
 class Facts:
-    """Of a table. ``longest_unit`` is in tokens of all rows of a unit; bytes are UTF-8 of what is learnt."""
+    """Of a table. ``longest_unit`` is in tokens of all rows of a unit, ``most_rows`` the rows of the unit with most.
+
+    Bytes are UTF-8 of what is learnt.
+    """
 
     num_units: int = 0
     num_rows: int = 0
     num_tokens: int = 0
     longest: int = 0
     longest_unit: int = 0
+    most_rows: int = 0
     num_learnt_tokens: int = 0
     num_learnt_bytes: float = 0.0
     digest: str = ""
@@ -180,6 +184,7 @@ class TableWriter:
         facts.num_tokens += sum(lengths)
         facts.longest = max(facts.longest, *lengths)
         facts.longest_unit = max(facts.longest_unit, sum(lengths))
+        facts.most_rows = max(facts.most_rows, len(rows))
         facts.num_learnt_tokens += sum(row.num_learnt for row in rows)
         facts.num_learnt_bytes += sum(row.num_learnt * row.bytes_each for row in rows)
 
@@ -297,6 +302,7 @@ class Tables:
             num_tokens=sum(part.num_tokens for part in parts),
             longest=max((part.longest for part in parts), default=0),
             longest_unit=max((part.longest_unit for part in parts), default=0),
+            most_rows=max((part.most_rows for part in parts), default=0),
             num_learnt_tokens=sum(part.num_learnt_tokens for part in parts),
             num_learnt_bytes=sum(part.num_learnt_bytes for part in parts),
             digest=digest,

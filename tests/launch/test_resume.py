@@ -1,15 +1,20 @@
-"""What a resume asks of its data."""
+"""What a resume asks of its data and of the models that it stands on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors.source import SourceDescription
 from data.build import Counts
+from launch.configfile import load
 from launch.errors import CheckpointError
-from launch.run import require_same_data
+from launch.reference_pass import kept_as
+from launch.resuming import require_same_data, require_same_models
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def described(fingerprint: str) -> SourceDescription:
@@ -23,6 +28,7 @@ def described(fingerprint: str) -> SourceDescription:
         num_tokens=9,
         longest=3,
         longest_row=3,
+        most_responses=1,
         num_heldout_learnt=0,
         num_heldout_bytes=0,
         counts=(Counts("a.jsonl", read=3, train=3),),
@@ -36,3 +42,34 @@ def test_a_resume_needs_the_data_it_began_with() -> None:
     require_same_data("abc", described("abc"), Path("step-2"))
     with pytest.raises(CheckpointError, match=r"the data are not those of step-2: .*a\.jsonl: 3 rows read"):
         require_same_data("abc", described("abd"), Path("step-2"))
+
+
+def test_a_resume_needs_the_models_it_began_with() -> None:
+    """A base or a reference that has changed is named, with its place; so is an adapter that is there no more."""
+    config = load(EXAMPLES / "dpo.yaml", ["learner.model.path=/models/one", "learner.tuning.method=lora"])
+    saved = {"learner": "a" * 32, "reference": "b" * 32}
+    checkpoint = Path("step-2")
+    require_same_models(saved, dict(saved), config, checkpoint)
+    with pytest.raises(CheckpointError, match=r"the base of the adapter of learner .*step-2 .*path \(/models/one\)"):
+        require_same_models(saved, saved | {"learner": "c" * 32}, config, checkpoint)
+    with pytest.raises(CheckpointError, match=r"the reference .*learner\.model\.path.*bbbbbbbbbbbb then, cccc"):
+        require_same_models(saved, saved | {"reference": "c" * 32}, config, checkpoint)
+    with pytest.raises(CheckpointError, match=r"trained with an adapter, and learner\.tuning\.method now asks for none"):
+        require_same_models(saved, {"reference": "b" * 32}, config, checkpoint)
+    with pytest.raises(CheckpointError, match="trained with no adapter, .* asks for one"):
+        require_same_models({}, saved, config, checkpoint)
+    # Whether there is a reference is the configuration's to say.
+    require_same_models({"learner": "a" * 32}, saved, config, checkpoint)
+
+
+def test_what_is_kept_of_a_reference_is_of_data_model_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparisons = described("abc")
+    feedback = replace(comparisons, kind="feedback")
+    names = {kept_as(comparisons, "m full"), kept_as(comparisons, "n full"), kept_as(feedback, "m full")}
+    names.add(kept_as(replace(comparisons, digest="e"), "m full"))
+    assert len(names) == 4
+    monkeypatch.setattr("launch.reference_pass.MISMATCH_VERSION", 0)
+    assert kept_as(comparisons, "m full") in names
+    assert kept_as(feedback, "m full") not in names
+    monkeypatch.setattr("launch.reference_pass.SCORING_VERSION", 0)
+    assert kept_as(comparisons, "m full") not in names
