@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from data.build import Builder
+from data.build import Builder, Built
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.formats import Kind, recognise
 from data.readers import BadRow, Row, read_rows
 from data.tokenizer import Tokenizer
-from launch.config import OnlineRunConfig, RewardModelRunConfig, RunConfig
+from launch.config import LearnerRunConfig, OnlineRunConfig, RewardModelRunConfig, RunConfig
+from launch.data_rules import keeps_ties, label_problems, row_problems
 from launch.errors import Problem
 from launch.paths import resolve_data
 from launch.reward_rules import by_place, columns_of
@@ -33,7 +34,8 @@ def check_data(config: RunConfig, tokenizer: Tokenizer | None, facts: Facts) -> 
         measured = resolve_data(config.normalise.data_config(data))
         yield from _check_sources({"normalise.data": measured.train}, measured, "examples", tokenizer, facts)
     sources = {"data.train": data.train, "data.heldout": data.heldout}
-    yield from _check_sources(sources, data, _kind(config), tokenizer, facts, whole_document=whole)
+    learner = None if isinstance(config, OnlineRunConfig) else config
+    yield from _check_sources(sources, data, _kind(config), tokenizer, facts, whole_document=whole, learner=learner)
     if isinstance(config, OnlineRunConfig):
         yield from _check_columns(config, sources)
         if config.pretraining_data is not None:
@@ -50,22 +52,35 @@ def _check_sources(
     facts: Facts,
     *,
     whole_document: bool = False,
+    learner: LearnerRunConfig | None = None,
 ) -> Iterator[Problem]:
-    """What is wrong with sources, given by where they stand in the configuration."""
+    """What is wrong with sources, given by where they stand in the configuration.
+
+    Args:
+        learner: the run whose learner trains on their rows; none where none does.
+    """
     builder: Builder | None = None
     if tokenizer is not None:
+        ties = learner is not None and keeps_ties(learner)
         try:
-            builder = Builder(data, kind, tokenizer, whole_document=whole_document)
+            builder = Builder(data, kind, tokenizer, whole_document=whole_document, keep_ties=ties)
         except DataError as error:  # of the tokenizer, so the same for every source
             yield Problem(next(iter(parts)).rpartition(".")[0], str(error))
     for where, source in _first_rows(parts):
         try:
             if builder is None:
                 _read(source, data, kind, whole_document)
-            else:
-                facts.append((where, _build(builder, source)))
+                continue
+            built = builder.build(source, heldout_fraction=0.0)
         except DataError as error:
             yield Problem(where, str(error))
+            continue
+        facts.append((where, _in_words(built)))
+        if learner is not None:
+            of_table = built.train.facts
+            largest = {"longest_row": of_table.longest_unit, "most_responses": of_table.most_rows}
+            yield from row_problems(learner, where, **largest)
+            yield from label_problems(learner, where, built.counts)
 
 
 def _first_rows(parts: Mapping[str, Sequence[SourceConfig]]) -> Iterator[tuple[str, SourceConfig]]:
@@ -114,13 +129,8 @@ def _empty_columns(source: SourceConfig, columns: Iterable[str]) -> set[str]:
     return empty & seen
 
 
-def _build(builder: Builder, source: SourceConfig) -> str:
-    """What a source holds, in words.
-
-    Raises:
-        DataError: it cannot be used as configured.
-    """
-    built = builder.build(source, heldout_fraction=0.0)
+def _in_words(built: Built) -> str:
+    """What a source holds."""
     counts = built.counts
     longest = built.train.facts.longest
     seen = f" (the first {ROWS_READ:,} were looked at)" if counts.read == ROWS_READ else ""

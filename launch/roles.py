@@ -32,6 +32,7 @@ from launch.config import (
     ReferredRunConfig,
     SupervisedRunConfig,
 )
+from launch.data_rules import keeps_ties
 from launch.devices import runs_on_gpu
 from launch.paths import resolve_data, resolve_model, resolve_reward, resolve_rollout
 from launch.publish import adapter_rank, weight_transfer
@@ -121,7 +122,7 @@ async def reference_roles(config: ReferredRunConfig, log_dir: Path) -> AsyncIter
 def _source_args(config: LearnerRunConfig) -> tuple[object, ...]:
     whole_document = isinstance(config, SupervisedRunConfig) and config.algorithm.name == "pretrain"
     model = resolve_model(config.learner.model)
-    return resolve_data(config.data), config.DATA_KIND, model, config.run.seed, whole_document
+    return resolve_data(config.data), config.DATA_KIND, model, config.run.seed, whole_document, keeps_ties(config)
 
 
 @asynccontextmanager
