@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 import os
 import secrets
 import signal
@@ -20,17 +22,21 @@ import subprocess
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from actors.errors import RewardError
 from actors.rewards.config import CodeRewardConfig
 
 Outcome = Literal["ended", "stopped", "timed_out", "too_much_output", "not_started"]
 
+logger = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 5.0
 _CHILD = Path(__file__).parent / "sandbox_child.py"
 _ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -91,31 +97,49 @@ class Sandbox:
         task = self._task(program, given, secret, may_exit=may_exit)
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *self._words(),
-                    stdin=PIPE,
-                    stdout=PIPE,
-                    stderr=DEVNULL,
-                    cwd=folder,
-                    env=_ENVIRONMENT,
-                    start_new_session=True,
-                )
+                async with _printing() as (printed, end):
+                    process = await asyncio.create_subprocess_exec(
+                        *self._words(),
+                        stdin=PIPE,
+                        stdout=end,
+                        stderr=DEVNULL,
+                        cwd=folder,
+                        env=_ENVIRONMENT,
+                        start_new_session=True,
+                    )
+                    end.close()
+                    try:
+                        return await self._watched(process, printed, task, secret)
+                    finally:
+                        await self._end(process)
             except OSError as error:  # no memory for it, or too many processes: maybe not for long
                 return Run("not_started", f"{type(error).__name__}: {error}")
-            try:
-                return await self._watched(process, task, secret)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
 
-    async def _watched(self, process: Process, task: bytes, secret: str) -> Run:
-        assert process.stdin is not None and process.stdout is not None, "they are pipes"
+    async def _end(self, process: Process) -> None:
+        """Kill it, with all that it started, and wait until that is so."""
+        assert process.stdin is not None, "it is a pipe"
+        process.stdin.close()
+        if self._config.isolation == "namespaces":
+            # What is inside may have left the group, so the process that stands outside kills and reaps it.
+            with suppress(ProcessLookupError):
+                process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+        if process.returncode is None:
+            logger.error("process %d of a sandbox does not die of SIGKILL", process.pid)
+
+    async def _watched(self, process: Process, stdout: asyncio.StreamReader, task: bytes, secret: str) -> Run:
+        assert process.stdin is not None, "it is a pipe"
         try:
             process.stdin.write(task)
             process.stdin.write_eof()
             # The clock starts where the program does.
-            first = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+            first = await asyncio.wait_for(stdout.readline(), START_TIMEOUT_S)
         except (TimeoutError, ConnectionError, ValueError) as error:
             return Run("not_started", f"{type(error).__name__}: {error}")
         if first.decode(errors="replace").strip() != secret:
@@ -124,7 +148,7 @@ class Sandbox:
         printed = bytearray()
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                while part := await process.stdout.read(1 << 16):
+                while part := await stdout.read(1 << 16):
                     printed += part
                     if len(printed) > limit:
                         return Run("too_much_output", "")
@@ -145,8 +169,26 @@ class Sandbox:
             "secret": secret,
             "may_exit": may_exit,
             "namespaces": config.isolation == "namespaces",
+            "wall_s": math.ceil(START_TIMEOUT_S + config.timeout_s + END_TIMEOUT_S),
             "memory_bytes": config.memory_bytes,
             "cpu_s": config.cpu_s,
             "max_output_bytes": config.max_output_bytes,
         }
         return json.dumps(task).encode()
+
+
+@asynccontextmanager
+async def _printing() -> AsyncIterator[tuple[asyncio.StreamReader, IO[bytes]]]:
+    """A pipe: what is written to it, and the end to write to. Nobody waits for those who have that end in their hands.
+
+    A process whose output is asyncio's own pipe counts as running until all have closed it.
+    """
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as near, open(writing, "wb", buffering=0) as far:
+        stream = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), near)
+        try:
+            yield stream, far
+        finally:
+            transport.close()

@@ -39,7 +39,7 @@ def main() -> None:
     task: dict[str, Any] = json.load(sys.stdin)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if task["namespaces"]:
-        _enter_namespaces()
+        _enter_namespaces(task["wall_s"])
         _see_only_python(task["max_output_bytes"])
     _give_up_privileges()
     _limit(task)
@@ -59,7 +59,7 @@ def _checked(what: str, result: int) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _enter_namespaces() -> None:
+def _enter_namespaces(wall_s: int) -> None:
     """Spaces of its own for network, processes, mounts and messages; root needs no space of users for that."""
     uid, gid = os.geteuid(), os.getegid()
     spaces = _CLONE_NEWNET | _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWIPC
@@ -68,10 +68,26 @@ def _enter_namespaces() -> None:
         for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
-    child = os.fork()  # the first process of the new space of processes; with it, all of them end
+    # The first process of the new space of processes: with it, all of them end. It is not the one that runs the
+    # program, which may do what it likes to be left alone.
+    _fork(wall_s)
+    _fork(wall_s)
+    os.setsid()  # the group that it was in has processes that it must not be able to signal
+
+
+def _fork(wall_s: int) -> None:
+    """Go on as a child. The parent waits for its end, and brings it about when it is told to, or after ``wall_s``."""
+    ends = (signal.SIGTERM, signal.SIGALRM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    child = os.fork()
     if child:
+        for end in ends:
+            signal.signal(end, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        signal.alarm(wall_s)
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import actors.rewards.sandbox as sandbox_module
 from actors.errors import RewardError
 from actors.rewards.code import CodeReward
 from actors.rewards.config import CodeRewardConfig
 from actors.rewards.face import Reason, RewardFailure, RewardSample
 from actors.rewards.sandbox import Sandbox
+
+#: Does what it can to be overlooked by those who would end it.
+ALONE = """import contextlib, ctypes, os, signal, time
+with contextlib.suppress(OSError): os.setsid()
+ctypes.CDLL(None).prctl(1, 0)"""
 
 
 def limits(**changes: Any) -> CodeRewardConfig:
@@ -25,10 +34,14 @@ def limits(**changes: Any) -> CodeRewardConfig:
 
 @pytest.fixture(scope="module", params=["namespaces", "limits"])
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    return started(request.param)
+
+
+def started(isolation: str, **changes: Any) -> Sandbox:
     # Where the tests run as root, nobody may read the Python that they run on.
-    python = "/usr/bin/python3" if request.param == "limits" and os.path.exists("/usr/bin/python3") else None
+    python = "/usr/bin/python3" if isolation == "limits" and os.path.exists("/usr/bin/python3") else None
     try:
-        return Sandbox(limits(isolation=request.param, python=python))
+        return Sandbox(limits(isolation=isolation, python=python, **changes))
     except RewardError as error:
         pytest.skip(str(error))
 
@@ -91,16 +104,77 @@ async def test_a_sandbox_that_does_not_start_is_a_failure(monkeypatch: pytest.Mo
         ("import sys; sys.exit(0)", "stopped"),
         ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)", "stopped timed_out"),
         ("import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass", "stopped timed_out"),
+        # Out of the group that is killed at the deadline, and out of the signal that comes with a parent's death.
+        (f"{ALONE}; time.sleep(12)", "timed_out"),
+        (f"{ALONE}; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(12)", "timed_out"),
+        (f"{ALONE}; os.kill(0, signal.SIGKILL); time.sleep(12)", "stopped timed_out"),
+        (f"{ALONE}; os.kill(1, signal.SIGTERM); time.sleep(12)", "stopped timed_out"),
         ("open('big', 'wb').write(bytes(8 << 20))", "stopped"),
         ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "stopped"),
         ("open('small', 'w').write('fine'); assert open('small').read() == 'fine'", "ended"),
     ],
 )
-async def test_nothing_runs_on(sandbox: Sandbox, program: str, outcome: str) -> None:
+async def test_nothing_runs_on(
+    sandbox: Sandbox, program: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = mark_processes(tmp_path, monkeypatch)
     began = time.monotonic()
     run = await sandbox.run(program)
     assert run.outcome in outcome.split()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 4
+    assert not processes(mark)
+
+
+async def test_with_the_run_its_programs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody is left to end them."""
+    sandbox = started("namespaces", timeout_s=30.0)
+    mark = mark_processes(tmp_path, monkeypatch)
+    running = asyncio.ensure_future(sandbox.run(f"{ALONE}; time.sleep(30)"))
+    await until(lambda: len(processes(mark)) == 3)
+    os.kill(min(processes(mark)), signal.SIGKILL)
+    await until(lambda: not processes(mark))
+    assert (await running).outcome == "stopped"
+
+
+async def test_who_holds_on_to_the_output_is_not_waited_for(tmp_path: Path) -> None:
+    """Where it can reach others it may hand its standard output on."""
+    sandbox = started("limits")
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        os.chmod(path, 0o777)
+        server.listen()
+        gives = f"s = socket.socket(socket.AF_UNIX); s.connect({path!r}); socket.send_fds(s, [b'x'], [1])"
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)  # of pytest's own folders
+        run = await asyncio.wait_for(sandbox.run(f"import socket, time; {gives}; time.sleep(12)"), 8)
+        assert run.outcome == "timed_out"
+        held = socket.recv_fds(server.accept()[0], 1, 1)[1]
+        assert len(held) == 1
+        os.close(held[0])
+
+
+def mark_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sandboxes begin under a name of their own from now on."""
+    mark = folder / "child.py"
+    mark.symlink_to(sandbox_module._CHILD)
+    monkeypatch.setattr(sandbox_module, "_CHILD", mark)
+    return str(mark)
+
+
+def processes(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(8):
+        while not reached():
+            await asyncio.sleep(0.02)
 
 
 async def test_no_secret_of_the_environment_is_seen(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +184,7 @@ async def test_no_secret_of_the_environment_is_seen(sandbox: Sandbox, monkeypatc
 
 
 async def test_within_namespaces_there_is_nobody_else(tmp_path: Path) -> None:
-    try:
-        sandbox = Sandbox(limits())
-    except RewardError as error:
-        pytest.skip(str(error))
+    sandbox = started("namespaces")
     with socket.create_server(("127.0.0.1", 0)) as server:
         reach = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
         assert (await sandbox.run(reach)).outcome == "stopped"
@@ -133,4 +204,4 @@ async def test_within_namespaces_there_is_nobody_else(tmp_path: Path) -> None:
     ):
         assert (await sandbox.run(attempt)).outcome == "stopped", attempt
     seen = await sandbox.run("import os; print(os.getpid(), os.getcwd(), 'home' in os.listdir('/'))")
-    assert seen.output == "1 /box False\n"
+    assert seen.output == "2 /box False\n"
