@@ -19,6 +19,7 @@ from actors.config import TrainedRoleConfig
 from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
 from actors.feedback import Feedback
+from actors.identity import DIGEST_BUCKET_BYTES, configuration_of, model_digest
 from actors.models import load_tokenizer
 from actors.normalisation import ScoreMap, score_map
 from actors.objectives import LearningBatch, LossAndMetrics, NextToken, Objective
@@ -27,7 +28,7 @@ from actors.preference import Preference
 from actors.ranking import RewardRanking
 from actors.reports import ColumnInfo, TrainReport
 from actors.scoring import last_scores
-from actors.sequences import DIGEST_BUCKET_BYTES, ReferenceLogprobs, score_sequences, weights_digest
+from actors.sequences import ReferenceLogprobs, score_sequences
 from actors.updates import scheduled_rate
 from algorithms.config import FeedbackConfig, LearningConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from cluster.context import RankContext
@@ -51,7 +52,9 @@ class LearnerActor:
         self._config = config
         self._objective = objective_for(algorithm)
         self._tokenizer = load_tokenizer(config.model)
-        self._engine = TrainEngine(self._objective.load(config.model, seed), context, config)
+        model = self._objective.load(config.model, seed)
+        self._configuration = configuration_of(model)
+        self._engine = TrainEngine(model, context, config)
 
     def train(self, update: int, num_updates: int, batch: pa.RecordBatch) -> TrainReport:
         """Optimizer update number ``update`` of ``num_updates``, on ``batch``. Collective.
@@ -127,9 +130,9 @@ class LearnerActor:
         """Write the model as a Hugging Face folder, tokenizer included; a scorer's scores mapped. Collective."""
         self._engine.export(folder, self._tokenizer, mapped)
 
-    def weights_digest(self) -> str:
-        """A digest of all weights, adapters merged, the same on every rank. Collective."""
-        return weights_digest(self._engine.weights(DIGEST_BUCKET_BYTES))
+    def model_digest(self) -> str:
+        """A digest of the model, with an adapter of the base alone; the same on every rank. Collective."""
+        return model_digest(self._configuration, self._engine.weights(DIGEST_BUCKET_BYTES, ("base",)))
 
     def score_reference(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
         """The starting model's log-probs of whole responses: the reference's column of this rank's rows.

@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from actors.config import ReferenceConfig, SamplingConfig
 from actors.deepspeed_engine import ForwardEngine
+from actors.identity import DIGEST_BUCKET_BYTES, configuration_of, model_digest
 from actors.models import load_causal_lm
 from actors.packed import response_logprobs
 from actors.reports import ColumnInfo
 from actors.scoring import score_responses
-from actors.sequences import DIGEST_BUCKET_BYTES, score_sequences, weights_digest
+from actors.sequences import score_sequences
 from cluster.context import RankContext
 from experience.schema import REF_LOGPROBS
 
@@ -32,7 +33,13 @@ class ReferenceActor:
         self._context = context
         self._config = config
         self._temperature = sampling.temperature
-        self._engine = ForwardEngine(load_causal_lm(config.model, seed=context.seed), context, config)
+        model = load_causal_lm(config.model, seed=context.seed)
+        self._configuration = configuration_of(model)
+        self._engine = ForwardEngine(model, context, config)
+
+    def model_digest(self) -> str:
+        """A digest of the model, the same on every rank. Collective where it is sharded."""
+        return model_digest(self._configuration, self._engine.weights(DIGEST_BUCKET_BYTES))
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Log-probs of the response tokens at the sampling temperature: REF_LOGPROBS of this rank's rows."""
@@ -59,11 +66,13 @@ class DataReferenceActor:
         """
         self._context = context
         self._config = config
-        self._engine = ForwardEngine(load_causal_lm(config.model, seed=context.seed), context, config)
+        model = load_causal_lm(config.model, seed=context.seed)
+        self._configuration = configuration_of(model)
+        self._engine = ForwardEngine(model, context, config)
 
-    def weights_digest(self) -> str:
-        """A digest of all weights, the same on every rank. Collective where they are sharded."""
-        return weights_digest(self._engine.weights(DIGEST_BUCKET_BYTES))
+    def model_digest(self) -> str:
+        """A digest of the model, the same on every rank. Collective where it is sharded."""
+        return model_digest(self._configuration, self._engine.weights(DIGEST_BUCKET_BYTES))
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Log-probs of whole responses: the reference's column of this rank's rows of comparisons or feedback.

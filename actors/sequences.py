@@ -9,12 +9,10 @@ Legend: N responses of a pack, S response tokens of a pack.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from actors.errors import RoleError
@@ -34,7 +32,8 @@ from experience.schema import (
     schema_name,
 )
 
-DIGEST_BUCKET_BYTES = 256 << 20
+#: Of what ``score_sequences`` computes. To be raised with a change of it: log-probs that are kept are then not used.
+SCORING_VERSION = 1
 #: Whose log-probs the reference's columns are.
 _COLUMNS = {"ref_logprob": "tokens", "mismatched_ref_logprob": "mismatched_tokens"}
 
@@ -85,16 +84,6 @@ def score_sequences(
     columns["sequence_id"] = batch.column("sequence_id").slice(own.start, len(own))
     schema = REF_FEEDBACK_LOGPROBS if judged else REF_SEQUENCE_LOGPROBS
     return make_batch(schema, columns), ColumnInfo(len(own), num_tokens, time.perf_counter() - started)
-
-
-def weights_digest(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> str:
-    """A digest of a model's weights, by name, which come in buckets of any size."""
-    digest = xxhash.xxh3_128()
-    for bucket in buckets:
-        for name, weight in bucket:
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
-    return str(digest.hexdigest())
 
 
 class ReferenceLogprobs:

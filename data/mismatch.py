@@ -17,6 +17,8 @@ import numpy as np
 from data.order import Int64s, permutation
 from data.table import Column, Tables, Units
 
+#: Of which response stands behind which prompt. To be raised with a change of it: what references scored is then stale.
+MISMATCH_VERSION = 1
 #: Of the order in which each row takes the response of the next. Neighbours in a file often share a prompt.
 _KEY = 0x6B746F
 #: Rows that are looked at for another prompt.

@@ -6,6 +6,7 @@ Invariant: importing and using this module imports no torch and no Ray.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TypeAlias, get_args
@@ -68,9 +69,33 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
     raise ConfigError(tree.source, problems)
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: BaseRunConfig) -> str:
     """``config`` as YAML, every default written out; ``load`` of it gives ``config`` back."""
     return to_yaml(config.model_dump(mode="json"))
+
+
+def changes(before: FilePath, config: BaseRunConfig) -> list[str]:
+    """What ``config`` has otherwise than the file that ``dump`` wrote before: ``key: old -> new``, in its order.
+
+    Raises:
+        ConfigError: the file is no YAML.
+    """
+    old, new = _flat(YamlTree.read(before).values), _flat(config.model_dump(mode="json"))
+    keys = [*new, *(key for key in old if key not in new)]
+    shown = [(key, *(json.dumps(side[key]) if key in side else "none" for side in (old, new))) for key in keys]
+    return [f"{key}: {was} -> {now}" for key, was, now in shown if was != now]
+
+
+def _flat(value: object, path: Path = ()) -> dict[str, object]:
+    """Every value in a tree, by its dotted key."""
+    inside: list[tuple[object, object]] = []
+    if isinstance(value, Mapping):
+        inside = list(value.items())
+    elif isinstance(value, list):
+        inside = list(enumerate(value))
+    if not inside:
+        return {dotted(path): value}
+    return {key: leaf for name, held in inside for key, leaf in _flat(held, (*path, str(name))).items()}
 
 
 def _kind(tree: YamlTree) -> tuple[RunKind, list[Problem]]:

@@ -2,8 +2,8 @@
 
 Invariants:
 
-- The file's name is a digest of the rows and of the weights that scored them, so what is found under it can be used,
-  by later epochs, resumes and runs alike.
+- The file's name is a digest of the rows, of the model that scored them and of the version of the code that did, so
+  what is found under it can be used, by later epochs, resumes and runs alike.
 - Batches and columns go between the roles by reference; this process sees their digests and row counts.
 """
 
@@ -17,8 +17,10 @@ import xxhash
 
 from actors.learner import LearnerActor
 from actors.reference import DataReferenceActor
-from actors.source import SourceActor
+from actors.sequences import SCORING_VERSION
+from actors.source import SourceActor, SourceDescription
 from cluster.group import Ref, RoleGroup
+from data.mismatch import MISMATCH_VERSION
 from launch.config import LearnerRunConfig
 from launch.roles import ReferenceRoles, SupervisedRoles
 
@@ -28,40 +30,48 @@ ROWS_AT_A_TIME = 4096
 FOLDER = ".reference-logprobs"
 
 
-async def score_by_role(roles: ReferenceRoles, runs: Path) -> Path:
+def kept_as(data: SourceDescription, model: str) -> str:
+    """The name of the file of the log-probs that ``model``, a digest, gives ``data``."""
+    versions = f"scored {SCORING_VERSION}"
+    if data.kind == "feedback":
+        versions += f" mismatched {MISMATCH_VERSION}"
+    return f"{xxhash.xxh3_128(f'{data.digest} {model} {versions}'.encode()).hexdigest()}.arrow"
+
+
+async def score_by_role(roles: ReferenceRoles, model: str, runs: Path) -> Path:
     """Have a reference of its own score the data, or find that it has; returns the file that keeps its log-probs.
 
     Args:
+        model: the reference's digest.
         runs: the folder of all runs, beside which the file is kept.
 
     Raises:
         ClusterError: a role failed.
     """
-    digest = (await roles.reference.call(DataReferenceActor.weights_digest))[0]
 
     async def score(batch: Ref) -> list[Ref]:
         return [column for column, _ in await roles.reference.columns(DataReferenceActor.score, batch)]
 
-    return await _kept(roles.source, f"{digest} full", score, runs)
+    return await _kept(roles.source, f"{model} full", score, runs)
 
 
-async def score_by_learner(config: LearnerRunConfig, roles: SupervisedRoles, runs: Path) -> Path:
+async def score_by_learner(config: LearnerRunConfig, roles: SupervisedRoles, model: str, runs: Path) -> Path:
     """Have the learner score the data as it starts, or find that it has; returns the file that keeps its log-probs.
 
     To be called before the learner goes on from a checkpoint: it scores with the weights it has.
 
     Args:
+        model: the digest of the learner as it starts.
         runs: the folder of all runs, beside which the file is kept.
 
     Raises:
         ClusterError: a role failed.
     """
-    digest = (await roles.learner.call(LearnerActor.weights_digest))[0]
 
     async def score(batch: Ref) -> list[Ref]:
         return [column for column, _ in await roles.learner.columns(LearnerActor.score_reference, batch)]
 
-    return await _kept(roles.source, f"{digest} {config.learner.tuning.method}", score, runs)
+    return await _kept(roles.source, f"{model} {config.learner.tuning.method}", score, runs)
 
 
 async def _kept(
@@ -69,8 +79,7 @@ async def _kept(
 ) -> Path:
     """The file of the source's data and of ``model``; where it is not there, ``score`` makes its parts."""
     description = await source.call_one(0, SourceActor.describe)
-    key = xxhash.xxh3_128(f"{description.digest} {model}".encode()).hexdigest()
-    path = runs / FOLDER / f"{key}.arrow"
+    path = runs / FOLDER / kept_as(description, model)
     if path.exists():
         logger.info("the reference's log-probs are at hand: %s", path)
         return path

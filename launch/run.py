@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from actors.source import SourceActor, SourceDescription
+from actors.reference import DataReferenceActor
+from actors.source import SourceActor
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
 from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RunConfig
@@ -24,6 +25,7 @@ from launch.progress import Progress
 from launch.publish import publish_weights
 from launch.recorder import Recorder
 from launch.reference_pass import score_by_learner, score_by_role
+from launch.resuming import REFERENCE, require_same_data, require_same_model, require_same_models
 from launch.roles import OnlineRoles, online_roles, reference_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
@@ -70,24 +72,35 @@ def _run(config: RunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) ->
 async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, stop: StopRequest) -> RunResult:
     store = CheckpointStore(run_dir.checkpoints, keep=config.run.keep_checkpoints)
     checkpoint = store.latest() if resume else None
+    saved = None if checkpoint is None else SupervisedState.read(checkpoint)
+    models: dict[str, str] = {}
     reference = None
     if isinstance(config, ReferredRunConfig) and config.reference is not None:
         # A block of its own: its roles have given their places back before the learner takes its own.
         async with reference_roles(config, run_dir.logs) as scoring:
-            reference = await score_by_role(scoring, run_dir.path.parent)
+            models[REFERENCE] = (await scoring.reference.call(DataReferenceActor.model_digest))[0]
+            if checkpoint is not None and saved is not None:
+                require_same_model(REFERENCE, saved.models.get(REFERENCE), models[REFERENCE], config, checkpoint)
+            reference = await score_by_role(scoring, models[REFERENCE], run_dir.path.parent)
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         measured = await draw_measured(config, roles)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
-        progress = SupervisedProgress(0, description.first_cursor, description.fingerprint)
-        if reference is None and config.algorithm.needs_reference:
-            reference = await score_by_learner(config, roles, run_dir.path.parent)
+        refers_to_itself = reference is None and config.algorithm.needs_reference
+        if standing_on := ["learner"] * config.learner.tuning.has_adapter + [REFERENCE] * refers_to_itself:
+            models |= dict.fromkeys(standing_on, (await roles.learner.call(LearnerActor.model_digest))[0])
+        if checkpoint is not None and saved is not None:
+            require_same_data(saved.fingerprint, description, checkpoint)
+            require_same_models(saved.models, models, config, checkpoint)
+        if refers_to_itself:
+            reference = await score_by_learner(config, roles, models[REFERENCE], run_dir.path.parent)
         if reference is not None:
             await roles.learner.call(LearnerActor.use_reference, reference)
         if checkpoint is not None:
-            progress = SupervisedState.read(checkpoint)
-            require_same_data(progress.fingerprint, description, checkpoint)
             await roles.learner.call(LearnerActor.load, checkpoint / "learner")
+            run_dir.keep_config(config)
+        begun = SupervisedProgress(0, description.first_cursor, description.fingerprint)
+        progress = replace(saved or begun, models=models)
         state = SupervisedState(config, store, progress, num_updates)
         with _recording(config, run_dir, num_updates, state.update) as recorder:
             stopped = await SupervisedDriver(config, roles, description, state, recorder, stop, run_dir.path).run()
@@ -117,6 +130,7 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
             if roles.critic is not None:
                 loading.append(roles.critic.call(CriticActor.load, checkpoint / "critic"))
             await asyncio.gather(*loading)
+            run_dir.keep_config(config)
         with _recording(config, run_dir, state.num_iterations, state.iteration) as recorder:
             stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir).run()
         if not stopped:
@@ -140,20 +154,6 @@ async def _export_best(roles: OnlineRoles, checkpoint: Path, place: Path) -> Non
         raise CheckpointError(f"{checkpoint}, the best checkpoint, is gone, so that its model cannot be exported")
     await roles.policy.call(PolicyActor.load, checkpoint / "policy")
     await roles.policy.call(PolicyActor.export, place)
-
-
-def require_same_data(fingerprint: str, description: SourceDescription, checkpoint: Path) -> None:
-    """Refuse to go on where the cursor of a checkpoint would mean other rows.
-
-    Raises:
-        CheckpointError: the data are not those that the checkpoint was made with.
-    """
-    if description.fingerprint != fingerprint:
-        sources = "; ".join(str(counts) for counts in description.counts)
-        raise CheckpointError(
-            f"the data are not those of {checkpoint}: rows, order, tokenizer, data.* or run.seed have changed (now "
-            f"{sources}); give back what was there, or start a new run"
-        )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A run's folder: everything a run writes lies in ``<run.root>/<run.name>/``.
 
-    config.yaml     the resolved configuration
+    config.yaml     the resolved configuration; after a resume the one that it went on with
     metrics.jsonl   one object a step; tensorboard/ holds the same as events
     logs/           one file for each rank of each role
     checkpoints/    step-00000010/, written whole or not at all; best.json names the best, where one is looked for
@@ -19,6 +19,7 @@ Invariant: a folder is begun once. To begin again under the same name the user m
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -26,10 +27,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import RunConfig
-from launch.configfile import dump
+from launch.config import BaseRunConfig, RunConfig
+from launch.configfile import changes, dump
 from launch.errors import RunDirError
 from launch.paths import runs_root
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
@@ -54,6 +57,9 @@ class RunDir:
     def open(cls, config: RunConfig, *, resume: bool) -> RunDir:
         """Begin the folder of a run, or open the one to go on with.
 
+        The configuration of a run that is begun is written down. Of one that goes on what has changed is told, and it
+        is written by ``keep_config`` once the checkpoint has been taken.
+
         Raises:
             RunDirError: there is one already and ``resume`` is not asked for; there is none to resume; or it cannot
                 be written.
@@ -70,10 +76,34 @@ class RunDir:
         try:
             for folder in (run_dir.logs, run_dir.checkpoints, run_dir.experience):
                 folder.mkdir(parents=True, exist_ok=True)
-            run_dir.config.write_text(dump(config))
         except OSError as error:
-            raise RunDirError(f"cannot write to {run_dir.path}: {error.strerror}; choose another run.root") from error
+            raise run_dir._unwritable(error) from error
+        if resume:
+            run_dir._tell_changes(config)
+        else:
+            run_dir.keep_config(config)
         return run_dir
+
+    def keep_config(self, config: BaseRunConfig) -> None:
+        """Write down the configuration that the run has from now on.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        try:
+            self.config.write_text(dump(config))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _tell_changes(self, config: RunConfig) -> None:
+        if not self.config.is_file():
+            logger.warning("%s is gone, so that what has changed since cannot be told", self.config)
+            return
+        for change in changes(self.config, config):
+            logger.warning("resume with another %s", change)
+
+    def _unwritable(self, error: OSError) -> RunDirError:
+        return RunDirError(f"cannot write to {self.path}: {error.strerror}; choose another run.root")
 
     @property
     def begun(self) -> bool:
@@ -94,7 +124,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK_FILE).open("a+")
         except OSError as error:
-            raise RunDirError(f"cannot write to {self.path}: {error.strerror}; choose another run.root") from error
+            raise self._unwritable(error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ STATE_FILE = "state.json"
 class SupervisedProgress:
     """The part that is written down: ``cursor`` is of the batch that update number ``update`` will train on.
 
-    ``fingerprint`` is of the data that the cursor points into.
+    ``fingerprint`` is of the data that the cursor points into, ``models`` are digests of those that the checkpoint
+    does not hold: of the reference, and of the learner's base where it has an adapter.
     """
 
     update: int
@@ -30,6 +31,7 @@ class SupervisedProgress:
     fingerprint: str
     best_loss: float | None = None
     evaluations_since_best: int = 0
+    models: dict[str, str] = field(default_factory=dict)
 
 
 class SupervisedState:

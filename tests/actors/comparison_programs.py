@@ -156,11 +156,11 @@ def score_and_digest(
 ) -> tuple[list[tuple[pa.RecordBatch, ColumnInfo]], list[str]]:
     """The reference's log-probs of each batch; digests at first, after scoring, and after an update."""
     actor = learner(own, folder, algorithm, stage)
-    digests = [actor.weights_digest()]
+    digests = [actor.model_digest()]
     columns = [actor.score_reference(batch) for batch in batches]
-    digests.append(actor.weights_digest())
+    digests.append(actor.model_digest())
     actor.train(0, 10, batches[0])
-    digests.append(actor.weights_digest())
+    digests.append(actor.model_digest())
     return columns, digests
 
 

@@ -31,7 +31,7 @@ def test_it_scores_comparisons_and_feedback_over_ranks(sharding: str, models: Pa
         assert whole.column(name).to_pylist() == pytest.approx(alone, rel=1e-5)
         assert whole.column("sequence_id").to_pylist() == rows.column("sequence_id").to_pylist()
     learner = comparison_programs.learner(context(), qwen, PreferenceConfig(name="dpo", batch_size=8))
-    assert [digest for digest, _ in results] == [learner.weights_digest()] * 2
+    assert [digest for digest, _ in results] == [learner.model_digest()] * 2
 
 
 def test_another_model_is_another_reference(models: Path) -> None:

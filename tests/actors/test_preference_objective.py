@@ -185,13 +185,13 @@ def test_ranks_score_the_reference_in_order(stage: int, qwen: Path, two_ranks: R
     assert [first, scored, trained] == other
     assert first == scored != trained
     actor = programs.learner(context(), qwen, config("orpo"))
-    assert actor.weights_digest() == first
+    assert actor.model_digest() == first
     assert actor.score_reference(rows)[0].column("ref_logprob").to_pylist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_digests_tell_dtypes_and_models_apart(models: Path) -> None:
     digests = [
-        programs.learner(context(), models / name, config("orpo"), dtype=dtype).weights_digest()
+        programs.learner(context(), models / name, config("orpo"), dtype=dtype).model_digest()
         for name, dtype in (("qwen2", "float32"), ("qwen2", "bfloat16"), ("llama", "float32"))
     ]
     assert len(set(digests)) == 3 and {len(digest) for digest in digests} == {32}

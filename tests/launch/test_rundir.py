@@ -58,3 +58,25 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         other.wait()
         with run_dir.held():  # the lock has gone with the process
             pass
+
+
+def test_a_resume_tells_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old and new, and config.yaml stays what it was until the checkpoint has been taken."""
+    begun = load(SFT, [f"run.root={tmp_path}"])
+    run_dir = RunDir.open(begun, resume=False)
+    (run_dir.path / METRICS_FILE).write_text('{"step": 1}\n')
+    RunDir.open(begun, resume=True)
+    assert caplog.messages == []
+    changed = ["learner.optimizer.learning_rate=0.5", "learner.tuning.method=lora", "learner.tuning.lora.alpha=3.0"]
+    resumed = load(SFT, [f"run.root={tmp_path}", *changed])
+    RunDir.open(resumed, resume=True)
+    told = sorted(message.removeprefix("resume with another ") for message in caplog.messages)
+    assert [line.partition(":")[0] for line in told] == [
+        "learner.optimizer.learning_rate",
+        "learner.tuning.lora.alpha",
+        "learner.tuning.method",
+    ]
+    assert told[2] == 'learner.tuning.method: "full" -> "lora"' and told[0].endswith("-> 0.5")
+    assert load(run_dir.config) == begun
+    run_dir.keep_config(resumed)
+    assert load(run_dir.config) == resumed
