@@ -32,8 +32,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import descendants, print_setting, process_cpu_s
-from examples.demo_data import LONGEST_COMPLETION, write_base_model, write_data
+from examples.demo_data import write_base_model, write_data
 from examples.demo_report import accuracy_of, answers, first_and_last, read_rows
+from examples.sorting import LONGEST_COMPLETION
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pretrain", "sft", "reward")

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from examples.demo_data import LONGEST_COMPLETION, is_right, right_answer
+from examples.sorting import LONGEST_COMPLETION, is_right, right_answer
 
 NUM_SAMPLES_SHOWN = 6
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from examples.demo_data import write_json_lines
+from examples.untrained import write_untrained
 
 LARGEST_SUMMAND = 30
 LARGEST_GUESS = 15
 MAX_GUESSES = 4
 WORDS = ("sum", ":", "call", "result", "answer", ";", "guess", "higher", "lower")
-SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 Row = dict[str, str]
 
@@ -61,37 +61,7 @@ def write(out: Path, seed: int) -> None:
         out.joinpath(name).mkdir(parents=True, exist_ok=True)
         write_json_lines(out / name / "sft.jsonl", (next(played) for _ in range(num_rows)))
         write_json_lines(out / name / "prompts.jsonl", ({"prompt": next(played)["prompt"]} for _ in range(4_000)))
-    write_model(out / "base")
-
-
-def write_model(folder: Path) -> None:
-    """A tokenizer with one token a word, and the shape of a model of some 400,000 weights."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    words = [*SPECIAL, *WORDS, *(str(number) for number in range(2 * LARGEST_SUMMAND + 1))]
-    core = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
-    )
-    tokenizer.save_pretrained(folder)
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    ).save_pretrained(folder)
+    write_untrained(out / "base", [*WORDS, *(str(number) for number in range(2 * LARGEST_SUMMAND + 1))])
 
 
 def main() -> None:
