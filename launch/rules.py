@@ -128,6 +128,32 @@ def columns_are_of_prompts(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.keep_columns", "are what rewards are given, and this run has none", "leave it out")
 
 
+def margins_are_read(data: DataConfig, algorithm: LearningConfig) -> Iterator[Problem]:
+    """Only one loss asks for a margin."""
+    if isinstance(algorithm, RewardModelConfig):
+        loss, what = algorithm.loss, f"algorithm.loss {algorithm.loss}"
+    else:
+        loss, what = None, algorithm.name
+    if loss != "ranking":
+        yield from _unread_margins("data.margins", data, what)
+
+
+def margins_are_of_comparisons(
+    data: DataConfig, pretraining_data: DataConfig | None, algorithm: OnlineConfig
+) -> Iterator[Problem]:
+    """What samples are drawn for, and text beside them, has none."""
+    yield from _unread_margins("data.margins", data, algorithm.name)
+    if pretraining_data is not None:
+        yield from _unread_margins("pretraining_data.margins", pretraining_data, algorithm.name)
+
+
+def _unread_margins(where: str, data: DataConfig, reader: str) -> Iterator[Problem]:
+    if data.margins != "none":
+        yield Problem(
+            where, f"are asked for by a reward model's loss `ranking` alone, and this is {reader}", "leave it out"
+        )
+
+
 def evaluation_has_data(data: DataConfig, algorithm: LearningConfig) -> Iterator[Problem]:
     """Evaluation needs held-out data, early stopping needs evaluation."""
     if algorithm.evaluate_every is not None and not data.heldout and not data.heldout_fraction:
@@ -327,7 +353,8 @@ ONLINE_RULES: tuple[Rule, ...] = (
     weights_can_travel,
     adapter_can_travel,
     colocation,
+    margins_are_of_comparisons,
 )
 SUPERVISED_RULES: tuple[Rule, ...] = (
-    examples_fit, columns_are_of_prompts, evaluation_has_data, learner_suits_device
+    examples_fit, columns_are_of_prompts, margins_are_read, evaluation_has_data, learner_suits_device
 )

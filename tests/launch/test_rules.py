@@ -63,6 +63,22 @@ def test_reference_and_learner_are_placed_one_after_the_other() -> None:
     assert load(EXAMPLES / "dpo.yaml").placements_before() == {}
 
 
+def test_margins_are_asked_for_by_one_loss() -> None:
+    assert refused("reward", "data.margins=small") == []
+    for name, reader in (
+        ("methods/reward_soft_labels", "algorithm.loss soft_labels"),
+        ("methods/reward_best_of", "algorithm.loss best_of"),
+        ("sft", "sft"),
+        ("dpo", "dpo"),
+        ("methods/kto", "kto"),
+        ("ppo", "ppo"),
+    ):
+        [(where, what)] = refused(name, "data.margins=small")
+        assert where == "data.margins" and f"loss `ranking` alone, and this is {reader}; leave it out" in what
+    text = "pretraining_data={train: runs/demo-data/pretrain.jsonl, max_tokens: 32, margins: {better: 1}}"
+    assert "pretraining_data.margins" in [where for where, _ in refused("methods/ppo_ptx", text)]
+
+
 def test_an_adaptive_coefficient_starts_above_zero() -> None:
     assert [where for where, _ in refused("ppo", "algorithm.kl={coefficient: 0, target: 6}")] == [
         "algorithm.kl.coefficient"
@@ -189,6 +205,16 @@ def test_engines_run_an_adapter_that_is_there_and_that_vllm_takes() -> None:
     assert refused("ppo", *on_gpus) == refused("ppo", *on_gpus, "rollout.weight_transfer=shared_memory") == []
     [(where, what)] = refused("ppo", *on_gpus, "rollout.weight_transfer=nccl")
     assert (where, what) == ("rollout.weight_transfer", "nccl, but adapters travel through shared memory; auto")
+
+
+def test_what_is_recomputed_for_older_samples_needs_a_correction() -> None:
+    recomputed = "algorithm.recompute_logprobs=true"
+    assert refused("ppo", recomputed) == refused("ppo", "online.max_staleness=2") == []
+    [(where, what)] = refused("ppo", recomputed, "online.max_staleness=2")
+    assert where == "algorithm.recompute_logprobs"
+    assert "with online.max_staleness = 2 older ones drew the samples" in what and "correction.method" in what
+    assert refused("ppo", recomputed, "online.max_staleness=2", "algorithm.correction.method=truncated") == []
+    assert refused("ppo", "online.max_staleness=2", "algorithm.correction.method=decoupled") == []
 
 
 def test_a_critic_is_there_where_the_algorithm_needs_one() -> None:
