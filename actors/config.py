@@ -72,20 +72,37 @@ class OptimizerConfig(FrozenConfig):
 
     learning_rate: PositiveFloat = Field(description="Peak learning rate.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Adam's decay rates.")
-    eps: PositiveFloat = Field(1e-5, description="Adam's epsilon.")
+    eps: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Global gradient norm above which gradients are scaled down.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="How the learning rate moves.")
+
+
+class OnlineOptimizerConfig(OptimizerConfig):
+    """AdamW, of a role that learns from samples."""
+
+    eps: PositiveFloat = Field(
+        1e-5, description="Adam's epsilon. Larger than a learner's, as OpenAI's PPO and Llama 2 have it: gradients of "
+        "samples are noisy, and this keeps weights that get hardly any from moving by a whole learning rate."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_kind(cls, given: object) -> object:
+        """A plain ``OptimizerConfig`` stands for what it was given."""
+        return given.model_dump(exclude_unset=True) if type(given) is OptimizerConfig else given
 
 
 class LoRAConfig(FrozenConfig):
     """Low-rank adapters beside frozen weights (LoRA, Hu et al. 2021): W x becomes W x + scale * B A x."""
 
     rank: PositiveInt = Field(
-        16, description="Rows of A and columns of B: what an adapter can express, and what it costs."
+        16, description="Rows of A and columns of B: what an adapter can express, and what it costs. The same default "
+        "for `qlora`, whose authors' code has rank 64 with alpha 16."
     )
     alpha: PositiveFloat = Field(
-        32.0, description="The scale of B A is alpha / rank; twice the rank is common practice."
+        32.0, description="The scale of B A is alpha / rank; twice the rank is common practice. QLoRA's authors have a "
+        "quarter of it: set both as they do, and the learning rate with them."
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training, never in scoring."
@@ -191,6 +208,7 @@ class TrainedRoleConfig(PlacementConfig):
 class PolicyConfig(TrainedRoleConfig):
     """The policy: any causal language model."""
 
+    optimizer: OnlineOptimizerConfig = Field(description="How it learns.")
     ema_decay: float | None = Field(
         None, ge=0, lt=1, description="Keep a moving average of the weights, in float32 and sharded over the ranks: "
         "after each update, average = decay * average + (1 - decay) * weights (InstructGPT: 0.992). Exported as "
@@ -221,6 +239,8 @@ class PolicyConfig(TrainedRoleConfig):
 
 class CriticConfig(TrainedRoleConfig):
     """The critic: a sequence-classification model with one label, usually the reward model."""
+
+    optimizer: OnlineOptimizerConfig = Field(description="How it learns.")
 
 
 class ScorerConfig(PlacementConfig):
