@@ -282,6 +282,8 @@ PreferenceLoss = Literal[
 ]
 #: Losses that compare the policy with the model it started from.
 NEEDS_REFERENCE: frozenset[str] = frozenset({"dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge"})
+#: Of a mean over tokens, where the others scale a sum over them.
+SIMPO_BETA = 2.0
 #: The losses that each of these keys belongs to.
 _KEYS_OF_SOME: dict[str, frozenset[str]] = {
     "beta": frozenset(get_args(PreferenceLoss)) - {"slic", "orpo"},
@@ -296,19 +298,27 @@ class PreferenceConfig(LearningConfig):
 
     name: PreferenceLoss
     beta: PositiveFloat = Field(
-        0.1, description="Scale of the implicit reward: how strongly the policy is held to where it started. SimPO "
-        "wants about 2; slic and orpo have none."
+        0.1, description="Scale of the implicit reward: how strongly the policy is held to where it started. simpo, "
+        "whose reward is a mean over tokens and not a sum, has 2.0 by default (its paper: 2 to 10); slic and orpo have "
+        "none."
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="conservative_dpo, robust_dpo: share of labels taken to be wrong."
     )
     target_margin: float = Field(
-        1.0, ge=0, description="simpo: margin of the reward that is asked for; slic: of the log-probs, in nats."
+        1.0, ge=0, description="simpo: margin of the reward that is asked for, its paper's gamma (half of beta is a "
+        "good start); slic: of the log-probs, in nats."
     )
     odds_coefficient: PositiveFloat = Field(0.1, description="orpo: weight of the odds-ratio term beside the NLL.")
     nll_coefficient: float = Field(
         0.0, ge=0, description="Weight of the chosen response's mean NLL added to the loss; orpo always has it, at 1."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_of_simpo(cls, given: Any) -> Any:
+        is_simpo = isinstance(given, Mapping) and given.get("name") == "simpo"
+        return {"beta": SIMPO_BETA, **given} if is_simpo else given
 
     @model_validator(mode="after")
     def _keys_belong(self) -> PreferenceConfig:

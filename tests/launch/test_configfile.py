@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from algorithms.config import PreferenceConfig
 from launch.config import OnlineRunConfig, SupervisedRunConfig
 from launch.configfile import ALGORITHMS, dump, load
 from launch.errors import ConfigError
@@ -44,6 +45,22 @@ def test_every_shipped_file_parses_and_survives_being_written_out(path: Path, tm
 def test_the_algorithm_says_of_which_kind_a_run_is() -> None:
     assert isinstance(load(PPO), OnlineRunConfig)
     assert isinstance(load(SFT), SupervisedRunConfig)
+
+
+def test_adams_epsilon_is_larger_where_samples_are_learnt_from() -> None:
+    learner, online = load(SFT), load(PPO, ["critic.optimizer.eps=3e-6"])
+    assert isinstance(learner, SupervisedRunConfig) and isinstance(online, OnlineRunConfig)
+    assert learner.learner.optimizer.eps == 1e-8
+    assert online.policy.optimizer.eps == 1e-5
+    assert online.critic is not None and online.critic.optimizer.eps == 3e-6
+
+
+def test_simpo_has_a_scale_of_its_own() -> None:
+    """That of a mean over tokens. A key that is given stays, as it does in a configuration that is written out."""
+    scales = {name: PreferenceConfig.model_validate({"name": name, "batch_size": 8}) for name in ("dpo", "simpo")}
+    assert [config.beta for config in scales.values()] == [0.1, 2.0]
+    assert PreferenceConfig.model_validate({"name": "simpo", "batch_size": 8, "beta": 0.1}).beta == 0.1
+    assert PreferenceConfig.model_validate(scales["simpo"].model_dump()) == scales["simpo"]
 
 
 def test_reading_needs_neither_torch_nor_ray() -> None:
