@@ -141,7 +141,8 @@ class OnlineConfig(_Frozen):
     num_minibatches: PositiveInt = Field(1, description="Optimizer updates per pass.")
     recompute_logprobs: bool = Field(
         False, description="Divide by log-probs that the policy's ranks recompute before training, instead of the "
-        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it."
+        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it, and where "
+        "online.max_staleness is above 0 it needs one."
     )
     correction: CorrectionConfig = Field(CorrectionConfig(), description="Weights against engine and age.")
     critic_warmup_iterations: int = Field(

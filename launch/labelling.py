@@ -84,12 +84,12 @@ class Labelling:
         self._names = config.score_names
         self._wants_tag = wants_tag(config.total)
         self._policy_is_reference = config.policy_is_reference
-        algorithm, ahead = config.algorithm, config.online.max_staleness > 0
-        corrected = algorithm.correction.method != "none"
-        # A correction compares with the policy as it is when training begins, and a moving average as it is then is the
-        # reference of all of a batch. Where nothing runs ahead that is now; else it is when the batch is taken.
-        self._recomputes_late = corrected and ahead
-        self._recomputes_now = algorithm.recomputes_logprobs and not self._recomputes_late
+        ahead, recomputes = config.online.max_staleness > 0, config.algorithm.recomputes_logprobs
+        # Recomputed log-probs are of the policy as it is when training on a batch begins, and so is a moving average.
+        # Where nothing runs ahead that is now; else it is when the batch is taken: asked now, the policy would answer
+        # before or after an update that is under way, as it happens, and not the same for all slices.
+        self._recomputes_late = recomputes and ahead
+        self._recomputes_now = recomputes and not ahead
         self._refers_late = config.policy.ema_is_reference and ahead
 
     async def label(self, generated: Generated, *, drop_flat: bool) -> Labelled:

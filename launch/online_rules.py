@@ -112,6 +112,17 @@ def redrawn_prompts_have_groups(online: OnlineSettings, rollout: RolloutConfig) 
         )
 
 
+def age_is_corrected_for(online: OnlineSettings, algorithm: OnlineConfig) -> Iterator[Problem]:
+    """What is divided by the policy of before training, and not by the one that drew it, has a weight between them."""
+    if online.max_staleness and algorithm.recompute_logprobs and algorithm.correction.method == "none":
+        yield Problem(
+            "algorithm.recompute_logprobs",
+            f"the recomputed log-probs are of the weights that training starts from, and with online.max_staleness = "
+            f"{online.max_staleness} older ones drew the samples: nothing would make up for the difference",
+            "an algorithm.correction.method (truncated), or false: the ratio is then to who drew each token",
+        )
+
+
 def pretraining_fits(
     algorithm: OnlineConfig, policy: PolicyConfig, pretraining_data: DataConfig | None
 ) -> Iterator[Problem]:
@@ -144,5 +155,6 @@ ROLE_RULES = (
     environment_suits,
     groups_where_needed,
     redrawn_prompts_have_groups,
+    age_is_corrected_for,
     pretraining_fits,
 )

@@ -115,7 +115,8 @@ def check_model(folder: Path) -> None:
 
 
 def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_asked(home: Path) -> None:
-    ahead = ("online.max_staleness=1", "algorithm.recompute_logprobs=true", "algorithm.critic_warmup_iterations=0")
+    corrected = "algorithm.correction.method=truncated"
+    ahead = ("online.max_staleness=1", corrected, "algorithm.critic_warmup_iterations=0")
     # Two engines, and weights that are sharded over the policy's ranks.
     spread = ("rollout.ranks_per_node=2", "policy.zero.stage=3")
     # The reference is the policy's average, of which each rank has its shards.
