@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.config import EnvironmentConfig
 from actors.environments.face import JSON, Action, Environment, Step, Task, Words
 from actors.errors import RewardError, RolloutError
 from actors.rewards.binding import load_function
+from actors.rewards.face import LARGEST_SCORE, Reason, RewardFailure, checked
 from actors.rollout_rows import Answer, Turn
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ class Episodes:
         RolloutError: there is no such environment, or it cannot be made.
     """
 
-    def __init__(
-        self, config: EnvironmentConfig, tokenizer: Any, *, max_turn_tokens: int, context_tokens: int
-    ) -> None:
+    def __init__(self, config: EnvironmentConfig, tokenizer: Any, *, max_turn_tokens: int, context_tokens: int) -> None:
         self._config = config
         self._make = load_environment(config)
         self._tokenizer = tokenizer
@@ -121,24 +120,34 @@ class Episodes:
             )
         environment = self._made()
         try:
-            return await self._play(environment, prompt, take_turn)
-        finally:
-            await self._asked(environment.close())
+            answer = await self._play(environment, prompt, take_turn)
+        except BaseException:
+            try:
+                await self._asked(environment.close)
+            except EpisodeFailed as error:  # what went wrong first is what is told
+                logger.warning("an episode that failed could not be closed: %s", error)
+            raise
+        await self._asked(environment.close)
+        return answer
 
     async def _play(self, environment: Environment, prompt: Prompt, take_turn: TakeTurn) -> Answer:
         longest = min(self._context_tokens, len(prompt.tokens) + self._config.max_tokens)
         task = Task(self._text(prompt.tokens), prompt.tokens, prompt.columns, prompt.seed)
-        tokens = [*prompt.tokens, *self._tokens(await self._asked(environment.reset(task)))]
+        tokens = [*prompt.tokens, *self._tokens(await self._asked(partial(environment.reset, task)))]
         if len(tokens) >= longest:
             raise EpisodeFailed("said too much", f"{len(tokens)} tokens before the first turn, of {longest} in all")
         num_prompt_tokens, turns, reason = len(tokens), list[Turn](), "length"
         while True:
             room = min(self._max_turn_tokens, longest - len(tokens))
             done = await take_turn(tuple(tokens), len(turns), room)
-            step = await self._asked(environment.step(self._action(done)))
-            turns.append(Turn(len(tokens), done, _reward_of(step)))
+            step = await self._asked(partial(environment.step, self._action(done)))
+            reward, over = _read(step)
+            # They are added up, and what is beyond float32 would be infinite there.
+            if not abs(sum(turn.reward or 0.0 for turn in turns) + reward) <= LARGEST_SCORE:
+                raise EpisodeFailed("gave no finite number", f"rewards that add up to more than {LARGEST_SCORE}")
+            turns.append(Turn(len(tokens), done, reward))
             tokens += done.tokens
-            if step.done:
+            if over:
                 reason = "stop"
                 break
             words = self._tokens(step.words)
@@ -155,17 +164,27 @@ class Episodes:
         except Exception as error:  # the user's code raises whatever it likes
             raise EpisodeFailed("raised", f"{type(error).__name__}: {error}") from error
 
-    async def _asked(self, answer: Awaitable[T]) -> T:
+    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await asyncio.wait_for(answer, self._config.timeout_s)
+            return await asyncio.wait_for(call(), self._config.timeout_s)
         except TimeoutError as error:
             raise EpisodeFailed("timed out", f"no answer in {self._config.timeout_s:g} s") from error
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise  # it is this episode that is to end, and not something that the environment waited for
+            raise EpisodeFailed("raised", "CancelledError") from error
         except Exception as error:  # the user's code raises whatever it likes
             raise EpisodeFailed("raised", f"{type(error).__name__}: {error}") from error
 
     def _tokens(self, words: Words) -> list[int]:
         if isinstance(words, str):
+            try:
+                words.encode()
+            except UnicodeEncodeError as error:
+                raise EpisodeFailed("said no words", f"half a character, which is no text: {error}") from error
             return list(self._tokenizer(words, add_special_tokens=False)["input_ids"]) if words else []
+        if isinstance(words, bytes) or not isinstance(words, Sequence):
+            raise EpisodeFailed("said no words", f"{type(words).__name__}; a text or a list of tokens is expected")
         known = self._num_tokens_known
         for token in words:
             if not isinstance(token, int) or not 0 <= token < known:
@@ -181,16 +200,18 @@ class Episodes:
         return Action(tokens, self._text(tokens[:-1] if closed else tokens), done.finish_reason == "stop")
 
 
-def _reward_of(step: Step) -> float:
+def _read(step: Step) -> tuple[float, bool]:
+    """A turn's reward, and whether the episode is over."""
     if not isinstance(step, Step):
         raise EpisodeFailed("gave no step", f"{type(step).__name__}; step must return an environments.face.Step")
     try:
-        reward = float(step.reward)
-    except (TypeError, ValueError) as error:
-        raise EpisodeFailed("gave no number", f"a reward of {step.reward!r}") from error
-    if not math.isfinite(reward):
-        raise EpisodeFailed("gave no finite number", f"a reward of {reward}")
-    return reward
+        reward, over = checked(step.reward), bool(step.done)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor
+        raise EpisodeFailed("gave no step", f"a step that cannot be read: {error}") from error
+    if isinstance(reward, RewardFailure):
+        what = "finite number" if reward.reason is Reason.NOT_FINITE else "number"
+        raise EpisodeFailed(f"gave no {what}", f"a reward that cannot be taken: {reward.detail}")
+    return reward, over
 
 
 async def whole_groups(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from actors.environments.face import Action, Environment, Step, Task, Words
 
@@ -36,6 +40,12 @@ class Faulty(Echo):
         super().__init__()
         self.how, self.everywhere = how, everywhere
 
+    async def reset(self, task: Task) -> Words:
+        words = await super().reset(task)
+        if self.prompt_id == 1 and self.how == "opened with nothing":
+            return None  # type: ignore[return-value]
+        return words
+
     async def step(self, action: Action) -> Step:
         step = await super().step(action)
         if self.turn != 2 or (self.prompt_id != 1 and not self.everywhere):
@@ -53,7 +63,25 @@ class Faulty(Echo):
                 return Step("x", float("nan"), False)
             case "gave no step":
                 return "a word"  # type: ignore[return-value]
+            case "was cancelled":
+                raise asyncio.CancelledError
+            case _:
+                return self.unreadable(step)
         return step
+
+    def unreadable(self, step: Step) -> Step:
+        """A step with something in it that is of another type, or too large."""
+        wrong: dict[str, Any] = {
+            "words of None": {"words": None},
+            "words in bytes": {"words": b"ab"},
+            "half a character": {"words": "\ud800"},
+            "a number as words": {"words": 7},
+            "no reward": {"reward": None},
+            "a reward beyond float32": {"reward": 1e39},
+            "many rewards": {"reward": np.zeros(2)},
+            "many ends": {"done": np.zeros(2)},
+        }
+        return replace(step, **wrong.get(self.how, {}))
 
 
 class Asking(Echo):
@@ -74,3 +102,17 @@ class Blocking(Echo):
 
     def step(self, action: Action) -> Step:  # type: ignore[override]
         return Step("", 0.0, True)
+
+
+class Unclosed(Echo):
+    """Cannot end."""
+
+    async def close(self) -> None:
+        raise ValueError("not closed")
+
+
+class Generous(Echo):
+    """Pays what float32 holds, and with the second turn more than that."""
+
+    async def step(self, action: Action) -> Step:
+        return replace(await super().step(action), reward=2e38)

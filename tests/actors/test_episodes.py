@@ -107,14 +107,22 @@ async def test_many_episodes_run_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
-    ["raised", "timed out", "said nothing", "said what is no token", "gave no finite number", "gave no step"],
+    ("how", "reason"),
+    [
+        *((how, how) for how in ("raised", "timed out", "said nothing", "said what is no token", "gave no step")),
+        ("was cancelled", "raised"),
+        *((how, "said no words") for how in ("opened with nothing", "words of None", "words in bytes")),
+        *((how, "said no words") for how in ("half a character", "a number as words")),
+        *((how, "gave no number") for how in ("no reward", "many rewards")),
+        *((how, "gave no finite number") for how in ("gave no finite number", "a reward beyond float32")),
+        ("many ends", "gave no step"),
+    ],
 )
-async def test_a_failure_drops_its_prompt_and_no_other(how: str) -> None:
+async def test_a_failure_drops_its_prompt_and_no_other(how: str, reason: str) -> None:
     played, engine = episodes("tests.actors.games:Faulty", options={"how": how}), Engine()
     samples = [(i // 2, played.play(prompt(i, i // 2), engine.take_turn)) for i in range(6)]
     found, failed = await whole_groups(samples)
-    assert failed == {1: f"environment {how}"}
+    assert failed == {1: f"environment {reason}"}
     assert [answer.sample_id for answer in found] == [0, 1, 4, 5]
     assert Turns.of_rollouts(rollout_rows(found)).starts.num_rows == 4
 
@@ -153,6 +161,23 @@ async def test_a_column_that_nobody_keeps_ends_all() -> None:
     with pytest.raises(RolloutError, match=r"needs the column 'answer' .*; they keep id: name it in data") as how:
         await whole_groups([(0, played.play(prompt(), Engine().take_turn))])
     assert not isinstance(how.value, EpisodeFailed)
+
+
+async def test_rewards_are_finite_together() -> None:
+    with pytest.raises(EpisodeFailed, match="gave no finite number: rewards that add up to"):
+        await episodes("tests.actors.games:Generous").play(prompt(), Engine().take_turn)
+
+
+async def test_what_failed_first_is_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def dies(*_: Any) -> Any:
+        raise RolloutError("the engine is dead")
+
+    played = episodes("tests.actors.games:Unclosed")
+    with pytest.raises(EpisodeFailed, match="raised: ValueError: not closed"):
+        await played.play(prompt(), Engine().take_turn)
+    with pytest.raises(RolloutError, match="the engine is dead"):
+        await played.play(prompt(), dies)
+    assert "could not be closed" in caplog.text
 
 
 def test_no_answer_gives_no_row() -> None:
