@@ -15,6 +15,8 @@ _LOW, _HIGH = 0.5, 1.0
 def write_reliability(bins: Sequence[ReliabilityBin], error: float, path: Path) -> None:
     """Write an SVG: a bar a bin, its width the bin of confidence, its height the accuracy; the diagonal is perfection.
 
+    All pairs of one prompt's responses count as one, so that counts are of prompts, and a bin's may be a fraction.
+
     Args:
         error: the expected calibration error, for the title.
 
@@ -26,7 +28,7 @@ def write_reliability(bins: Sequence[ReliabilityBin], error: float, path: Path) 
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_SIDE + 80}" height="{_SIDE + 96}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="{_LEFT}" y="24" font-size="14">{total:,.0f} pairs, calibration error {error:.3f}</text>\n'
+        f'<text x="{_LEFT}" y="24" font-size="14">{total:,.0f} prompts, calibration error {error:.3f}</text>\n'
         + "\n".join([*bars, _axes()])
         + "\n</svg>\n"
     )
@@ -36,7 +38,8 @@ def _bar(found: ReliabilityBin, total: float) -> str:
     if found.confidence is None or found.accuracy is None:
         return ""
     left, right, top = _x(found.low), _x(found.high), _y(found.accuracy)
-    what = f"confidence {found.confidence:.3f}, accuracy {found.accuracy:.3f}, {found.count:,.0f} pairs"
+    weight = f"{found.count:,.1f}".removesuffix(".0")
+    what = f"confidence {found.confidence:.3f}, accuracy {found.accuracy:.3f}, prompts {weight}"
     return (
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{_y(0.0) - top:.1f}" '
         f'fill="#4477aa" fill-opacity="{0.25 + 0.75 * found.count / total:.2f}"><title>{what}</title></rect>'

@@ -24,10 +24,20 @@ def test_a_bar_stands_where_its_bin_does(tmp_path: Path) -> None:
     assert float(sure.attrib["x"]) == 56 + 320 * 0.9
     assert float(sure.attrib["height"]) == 320 * 0.75
     title = sure.find(f"{SVG}title")
-    assert title is not None and title.text == "confidence 0.953, accuracy 0.750, 4 pairs"
+    assert title is not None and title.text == "confidence 0.953, accuracy 0.750, prompts 4"
+
+
+def test_the_pairs_of_a_prompt_count_as_one(tmp_path: Path) -> None:
+    """Six pairs of four responses, two of three: as many as there are prompts, not as there are pairs."""
+    margins, weights = torch.tensor([3.0] * 3 + [0.1] * 3 + [3.0] * 2), torch.tensor([1 / 6] * 6 + [1 / 2] * 2)
+    counts = calibration_counts(margins, 10, weights)
+    write_reliability(reliability(counts), expected_calibration_error(counts), tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert ">2 prompts, calibration error" in drawn
+    assert "accuracy 1.000, prompts 0.5<" in drawn and "accuracy 1.000, prompts 1.5<" in drawn
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     counts = calibration_counts(torch.zeros(0), 10)
     write_reliability(reliability(counts), expected_calibration_error(counts), tmp_path / "a.svg")
-    assert "0 pairs" in (tmp_path / "a.svg").read_text()
+    assert "0 prompts" in (tmp_path / "a.svg").read_text()
