@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actors.config import CriticConfig
 from actors.deepspeed_engine import TrainEngine
+from actors.identity import DIGEST_BUCKET_BYTES, configuration_of, model_digest
 from actors.models import load_scorer
 from actors.packed import ResponsePack, Samples
 from actors.reports import ColumnInfo, TrainReport
@@ -53,7 +54,9 @@ class CriticActor:
         self._config = config
         self._algorithm = algorithm
         self._updates = ScheduledUpdates(config.optimizer, algorithm, seed, num_iterations)
-        self._engine = TrainEngine(load_scorer(config.model, seed=seed), context, config)
+        model = load_scorer(config.model, seed=seed)
+        self._configuration = configuration_of(model)
+        self._engine = TrainEngine(model, context, config)
 
     def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
         """Values of the prefixes before each response token: VALUES of this rank's rows."""
@@ -110,6 +113,10 @@ class CriticActor:
         )
         num_tokens = sum(samples.lengths) * self._algorithm.num_epochs
         return summarise(reports, num_tokens, time.perf_counter() - started)
+
+    def model_digest(self) -> str:
+        """A digest of the model, with an adapter of the base and the head; the same on every rank. Collective."""
+        return model_digest(self._configuration, self._engine.weights(DIGEST_BUCKET_BYTES, ("base",)))
 
     def save(self, folder: Path) -> None:
         """Write everything that training goes on from. Collective."""

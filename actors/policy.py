@@ -3,7 +3,8 @@
 Invariants:
 
 - All ranks are given the same batch and plan it alike, so they agree on minibatches and micro-batches without talking.
-- Log-probs are of the distribution that was sampled from: logits are divided by the sampling temperature.
+- Log-probs are at the sampling temperature, of the whole distribution. Where sampling cuts that (top_p, top_k) they are
+  not the engine's, and the run recomputes them (``launch.online_rules``).
 - The policy is blind to rewards and to how credit is assigned: it sees advantages, the log-probs to divide by and
   the weights of the loss, as columns.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from actors.config import PolicyConfig, SamplingConfig
 from actors.deepspeed_engine import TrainEngine
+from actors.identity import DIGEST_BUCKET_BYTES, configuration_of, model_digest
 from actors.models import load_causal_lm, load_tokenizer
 from actors.packed import Samples, response_logprobs
 from actors.policy_loss import DEVIATION, GAP, PolicyBatch, PolicyObjective, PolicyPack
@@ -65,6 +67,7 @@ class PolicyActor:
         model = load_causal_lm(config.model, seed=seed)
         # Before the engine takes the model apart.
         layout = layout_of(model)
+        self._configuration = configuration_of(model)
         self._engine = TrainEngine(model, context, config, config.ema_decay)
         self._sender = WeightSender(self._engine, model, context, layout, sharded=config.zero.stage == 3)
 
@@ -187,6 +190,10 @@ class PolicyActor:
     def share_next(self) -> SharedBucket | None:
         """The next weights, on this rank's GPU until this is called again; none after the last. Collective."""
         return self._sender.share_next()
+
+    def model_digest(self) -> str:
+        """A digest of the model, with an adapter of the base alone; the same on every rank. Collective."""
+        return model_digest(self._configuration, self._engine.weights(DIGEST_BUCKET_BYTES, ("base",)))
 
     def save(self, folder: Path) -> None:
         """Write everything that training goes on from. Collective."""

@@ -88,6 +88,8 @@ class OnlineState:
         self.fingerprint = fingerprint
         self.kl = kl
         self.ledger = ledger
+        #: Digests of the models that a checkpoint does not hold: see ``launch.resuming``.
+        self.models: dict[str, str] = {}
         #: None until text is first mixed in.
         self.pretraining = pretraining
         #: The last evaluation, and the best.
@@ -133,6 +135,7 @@ class OnlineState:
             counts={int(at): found for at, found in saved["counts"].items()},
         )
         state.buffered = checkpoint / BUFFER_FOLDER if ready else None
+        state.models = saved["models"]
         return state
 
     def drawn(self, info: BatchInfo) -> list[int]:
@@ -204,6 +207,7 @@ class OnlineState:
             "iteration": self.iteration,
             "cursor": waiting[0].cursor if waiting else self.cursor,
             "data_fingerprint": self.fingerprint,
+            "models": self.models,
             "kl_coefficient": self.kl.coefficient,
             "buffered": sorted(ready),
             "pretraining": None if self.pretraining is None else asdict(self.pretraining),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from actors.critic import CriticActor
 from actors.learner import LearnerActor
 from actors.policy import PolicyActor
-from actors.reference import DataReferenceActor
+from actors.reference import DataReferenceActor, ReferenceActor
 from actors.source import SourceActor
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
@@ -114,6 +114,7 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
     checkpoint = store.latest() if resume else None
     async with online_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
+        models = await _models_outside(config, roles)
         if roles.baseline is not None and config.baseline is not None:
             # Now, while the policy still has the weights that it begins with.
             bucket_bytes = config.baseline.bucket_bytes
@@ -123,6 +124,7 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
         else:
             state = OnlineState.read(config, store, checkpoint)
             require_same_data(state.fingerprint, description, checkpoint)
+            require_same_models(state.models, models, config, checkpoint)
             if (text := state.pretraining) is not None and roles.pretraining_source is not None:
                 found = await roles.pretraining_source.call_one(0, SourceActor.describe)
                 require_same_data(text.fingerprint, found, checkpoint)
@@ -131,6 +133,7 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
                 loading.append(roles.critic.call(CriticActor.load, checkpoint / "critic"))
             await asyncio.gather(*loading)
             run_dir.keep_config(config)
+        state.models = models
         with _recording(config, run_dir, state.num_iterations, state.iteration) as recorder:
             stopped = await OnlineDriver(config, roles, state, recorder, stop, run_dir).run()
         if not stopped:
@@ -142,6 +145,19 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
             if (best := state.evaluation.best) is not None:
                 await _export_best(roles, store.of(best.iteration), run_dir.best)
     return RunResult(run_dir.path, state.iteration, stopped)
+
+
+async def _models_outside(config: OnlineRunConfig, roles: OnlineRoles) -> dict[str, str]:
+    """Digests of the models that checkpoints do not hold: the reference, and the bases of adapters. Before a load."""
+    asked: dict[str, Awaitable[list[str]]] = {}
+    if roles.reference is not None:
+        asked[REFERENCE] = roles.reference.call(ReferenceActor.model_digest)
+    if config.policy.tuning.has_adapter:
+        asked["policy"] = roles.policy.call(PolicyActor.model_digest)
+    if roles.critic is not None and config.critic is not None and config.critic.tuning.has_adapter:
+        asked["critic"] = roles.critic.call(CriticActor.model_digest)
+    digests = await asyncio.gather(*asked.values())
+    return {role: of_ranks[0] for role, of_ranks in zip(asked, digests, strict=True)}
 
 
 async def _export_best(roles: OnlineRoles, checkpoint: Path, place: Path) -> None:

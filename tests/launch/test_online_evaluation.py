@@ -207,6 +207,7 @@ async def test_checkers_score_what_nothing_is_trained_on(tmp_path: Path) -> None
 async def test_the_best_checkpoint_stays_besides_the_newest(tmp_path: Path) -> None:
     best_by = ("evaluation.best_by.metric=pass_at_1", "evaluation.every=1", "run.keep_checkpoints=1")
     run = EvaluatedRun(tmp_path, *EVALUATED, *best_by, "run.checkpoint_every=1")
+    run.state.models = {"reference": "abc"}
     await run.drive()
     # Version 1 passes always; version 3 is the newest.
     assert checkpoints(run) == ["step-00000001", "step-00000003"]
@@ -214,6 +215,7 @@ async def test_the_best_checkpoint_stays_besides_the_newest(tmp_path: Path) -> N
     assert named == {"checkpoint": "step-00000001", "iteration": 1, "metric": "pass_at_1", "value": 1.0}
     read = OnlineState.read(run.config, run.store, run.store.latest())
     assert read.evaluation == EvaluationState(3, Best(1, "pass_at_1", 1.0))
+    assert read.models == {"reference": "abc"}
 
 
 async def test_less_can_be_better_and_the_best_is_kept_without_a_schedule(tmp_path: Path) -> None:
