@@ -266,8 +266,13 @@ class SamplingConfig(FrozenConfig):
 
     max_response_tokens: PositiveInt = Field(description="Longest response; longer ones end with reason `length`.")
     temperature: PositiveFloat = Field(1.0, description="Softmax temperature, in sampling and in every log-prob.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 keeps the distribution whole.")
-    top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus truncation; 1 keeps the distribution whole. What is trained on needs "
+        "algorithm.recompute_logprobs, or a correction, with less."
+    )
+    top_k: int = Field(
+        0, ge=0, description="Keep the k most probable tokens; 0 keeps all. What is trained on needs the same."
+    )
     stop: tuple[str, ...] = Field((), description="Strings that end a response, besides EOS.")
     samples_per_prompt: PositiveInt = Field(1, description="Responses drawn for each prompt.")
 

@@ -123,6 +123,20 @@ def age_is_corrected_for(online: OnlineSettings, algorithm: OnlineConfig) -> Ite
         )
 
 
+def whole_distribution_is_drawn_from(algorithm: OnlineConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    """The ratio and the KL compare log-probs of the same distribution."""
+    sampling = rollout.sampling
+    cut = {"top_p": (sampling.top_p, 1), "top_k": (sampling.top_k, 0)}
+    for key, (value, whole) in cut.items():
+        if value != whole and not algorithm.recomputes_logprobs:
+            yield Problem(
+                f"rollout.sampling.{key}",
+                f"{value:g}: the engine's log-probs are then of what this leaves of the distribution, those of policy "
+                "and reference of all of it, so the ratio would not begin at 1, nor the KL at 0",
+                f"{whole}; or algorithm.recompute_logprobs, or better an algorithm.correction.method",
+            )
+
+
 def pretraining_fits(
     algorithm: OnlineConfig, policy: PolicyConfig, pretraining_data: DataConfig | None
 ) -> Iterator[Problem]:
@@ -156,5 +170,6 @@ ROLE_RULES = (
     groups_where_needed,
     redrawn_prompts_have_groups,
     age_is_corrected_for,
+    whole_distribution_is_drawn_from,
     pretraining_fits,
 )

@@ -217,6 +217,20 @@ def test_what_is_recomputed_for_older_samples_needs_a_correction() -> None:
     assert refused("ppo", "online.max_staleness=2", "algorithm.correction.method=decoupled") == []
 
 
+@pytest.mark.parametrize(("key", "value", "whole"), [("top_p", "0.9", "1"), ("top_k", "50", "0")])
+def test_what_is_trained_on_is_drawn_from_the_whole_distribution(key: str, value: str, whole: str) -> None:
+    cut = f"rollout.sampling.{key}={value}"
+    [(where, what)] = refused("ppo", cut)
+    assert where == f"rollout.sampling.{key}"
+    assert what.startswith(f"{value}: the engine's log-probs are then of what this leaves of the distribution")
+    assert f"; {whole}; or algorithm.recompute_logprobs" in what
+    assert refused("ppo", cut, "algorithm.recompute_logprobs=true") == []
+    assert refused("ppo", cut, "algorithm.correction.method=truncated") == []
+    assert refused("ppo", f"rollout.sampling.{key}={whole}") == []
+    # A baseline is compared with and not trained on.
+    assert refused("methods/initial_baseline", f"baseline.sampling.{key}={value}") == []
+
+
 def test_a_critic_is_there_where_the_algorithm_needs_one() -> None:
     [(where, what)] = refused("methods/grpo", "critic={model: {path: m}, optimizer: {learning_rate: 1.0e-5}}")
     assert (where, what) == ("critic", "grpo learns without a critic; remove the section, or set algorithm.name to ppo")
