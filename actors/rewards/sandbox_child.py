@@ -11,10 +11,12 @@ between is the program's.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 from typing import Any
 
@@ -27,9 +29,15 @@ _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
 )
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_SECCOMP_MODE_FILTER, _SECCOMP_ERRNO, _SECCOMP_ALLOW = 2, 0x00050000, 0x7FFF0000
+#: Instructions of a filter: load a word of what was called, compare it, give an answer.
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _ANSWER = 0x20, 0x15, 0x35, 0x06
+#: How a kernel calls its machine, and the numbers of semget, msgget and shmget there.
+_SYSTEM_V = {"x86_64": (0xC000003E, (64, 68, 29)), "aarch64": (0xC00000B7, (190, 186, 194))}
 _CAPABILITY_VERSION_3 = 0x20080522
 _NOBODY = 65534
+_MOST_FILES = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -42,8 +50,9 @@ def main() -> None:
         _enter_namespaces(task["wall_s"])
         _see_only_python(task["max_output_bytes"])
     _give_up_privileges()
-    _limit(task)
     _give_input(task["input"])
+    _limit(task)
+    _refuse_system_v()
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
     secret = task.pop("secret")
     print(secret, flush=True)
@@ -107,7 +116,7 @@ def _see_only_python(size: int) -> None:
     root = ctypes.create_string_buffer(here.encode())
     of_all = (_SYS_MOUNT_SETATTR, _AT_FDCWD, root, _AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
     _checked("mount_setattr", _libc.syscall(*of_all))
-    _mount_memory(f"{here}/box", f"mode=777,size={size}")
+    _mount_memory(f"{here}/box", f"mode=777,size={size},nr_inodes={_MOST_FILES}")
     os.chroot(here)
     os.chdir("/box")
 
@@ -153,12 +162,33 @@ def _limit(task: dict[str, Any]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no further process or thread
 
 
+def _refuse_system_v() -> None:
+    """System V's shared memory, messages and semaphores hold memory that counts for no limit of a process.
+
+    So asking for any is no permitted system call; nor is one by the numbers of another architecture.
+    """
+    machine = os.uname().machine
+    if machine not in _SYSTEM_V:
+        raise OSError(f"which system calls to refuse is known of {', '.join(_SYSTEM_V)}, and not of {machine}")
+    architecture, refused = _SYSTEM_V[machine]
+    steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 0, len(refused) + 3, architecture), (_LOAD, 0, 0, 0)]
+    steps += [(_IF_AT_LEAST, len(refused) + 1, 0, 0x40000000)]  # x86_64 has a second set of numbers there
+    steps += [(_IF_EQUAL, len(refused) - at, 0, number) for at, number in enumerate(refused)]
+    steps += [(_ANSWER, 0, 0, _SECCOMP_ALLOW), (_ANSWER, 0, 0, _SECCOMP_ERRNO | errno.EPERM)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
+    _checked("seccomp", _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0))
+
+
 def _give_input(text: str) -> None:
+    """Before there are limits, for it may be more than the program may write."""
     file = os.memfd_create("input")
-    os.write(file, text.encode())
+    with open(file, "wb", closefd=False) as whole:
+        whole.write(text.encode())
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.close(file)

@@ -109,6 +109,14 @@ async def test_a_sandbox_that_does_not_start_is_a_failure(monkeypatch: pytest.Mo
         (f"{ALONE}; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(12)", "timed_out"),
         (f"{ALONE}; os.kill(0, signal.SIGKILL); time.sleep(12)", "stopped timed_out"),
         (f"{ALONE}; os.kill(1, signal.SIGTERM); time.sleep(12)", "stopped timed_out"),
+        # Memory that is no process's own.
+        *(
+            (f"import ctypes; c = ctypes.CDLL(None); assert c.{call} >= 0", "stopped")
+            for call in ("shmget(0, 1 << 28, 0o1600)", "msgget(0, 0o1600)", "semget(0, 30000, 0o1600)")
+        ),
+        ("import ctypes; assert ctypes.CDLL('librt.so.1').mq_open(b'/q', 0o102, 0o600, None) >= 0", "stopped"),
+        ("import os; assert os.write(os.memfd_create('x'), bytes(8 << 20)) <= 1 << 20", "ended"),
+        ("import os; os.truncate(os.memfd_create('x'), 8 << 20)", "stopped"),
         ("open('big', 'wb').write(bytes(8 << 20))", "stopped"),
         ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "stopped"),
         ("open('small', 'w').write('fine'); assert open('small').read() == 'fine'", "ended"),
@@ -177,6 +185,13 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("isolation", ["namespaces", "limits"])
+async def test_input_may_be_more_than_the_program_may_write(isolation: str) -> None:
+    sandbox = started(isolation, max_output_bytes=4096)
+    run = await sandbox.run("print(len(input()))", "x" * 10_000, may_exit=True)
+    assert run.output == "10000\n"
+
+
 async def test_no_secret_of_the_environment_is_seen(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     run = await sandbox.run("import os; print(os.environ.get('SECRET_TOKEN'), sorted(os.listdir('.')))")
@@ -200,6 +215,8 @@ async def test_within_namespaces_there_is_nobody_else(tmp_path: Path) -> None:
         f"open({sys.prefix + '/left-by-a-test'!r}, 'w')",
         "open('/left-by-a-test', 'w')",
         "import os; os.setuid(0)",
+        "import ctypes; assert not ctypes.CDLL(None).unshare(0x10000000)",  # a space of users, with more memory
+        "for number in range(2000): open(str(number), 'w').close()",
         "import os; os.chroot('.')",
     ):
         assert (await sandbox.run(attempt)).outcome == "stopped", attempt
