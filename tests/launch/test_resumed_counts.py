@@ -58,7 +58,7 @@ async def test_counts_of_buffered_iterations_are_told_after_a_resume(
     monkeypatch.setattr(run.policy, "train", train_and_stop)
     await run.drive()
     again = started(tmp_path / "parts")
-    again.state = OnlineState.read(again.config, again.store, cast(Path, again.store.latest()))
+    again.state = OnlineState.read(again.config, again.store, again.store.latest())
     assert again.state.iteration == 1 and again.state.buffered is not None
     assert again.state.counts.keys() == {1}
     kept = dict(again.state.counts[1])
@@ -76,6 +76,6 @@ async def test_counts_of_an_iteration_in_part_are_kept(tmp_path: Path) -> None:
     run.state.counts[1] += Counter({"reward/even/failed": 2, "dropped/reward_raised": 1})
     empty: Any = {"version": 1, "batch_rows": 8, "chunks": []}
     await run.state.save(run.roles, empty, [])
-    again = OnlineState.read(run.config, run.store, cast(Path, run.store.latest()))
+    again = OnlineState.read(run.config, run.store, run.store.latest())
     assert again.counts == {1: Counter({"reward/even/failed": 2, "dropped/reward_raised": 1})}
     again.counts[2]["reward/even/failed"] += 1  # further iterations begin with none
