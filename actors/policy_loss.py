@@ -18,7 +18,7 @@ from actors.packed import ResponsePack, Samples
 from actors.updates import Size
 from algorithms.bundles import LossInputs, algorithm_of
 from algorithms.config import OnlineConfig
-from algorithms.kl import ESTIMATORS
+from algorithms.kl import LOSS_ESTIMATORS
 from algorithms.logprobs import entropy, token_logprobs
 from algorithms.loss_terms import (
     add_terms,
@@ -131,7 +131,7 @@ class PolicyObjective:
                 kl_term(
                     logprobs_S,
                     pack.ref_logprobs_S,
-                    ESTIMATORS[config.kl.estimator_used],
+                    LOSS_ESTIMATORS[config.kl.estimator_used],
                     coefficient=kl_coefficient,
                     weights_T=normalisation_S,
                     denominator=size.num_tokens,

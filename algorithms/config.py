@@ -31,19 +31,13 @@ class KLConfig(_Frozen):
     )
     estimator: Literal["k1", "k2", "k3"] | None = Field(
         None, description="How a token's KL is estimated; none: k1 in the reward, k3 in the loss (REINFORCE++ with "
-        "baseline: k2 there)."
+        "baseline: k2 there). In the loss k1 is a number whose gradient is k2's: its own is 0 in expectation."
     )
     target: PositiveFloat | None = Field(
         None, description="Adaptive controller (Ziegler 2019): KL per sample, summed over tokens, in nats, that the "
         "coefficient is steered to; none keeps the coefficient fixed."
     )
     horizon_samples: PositiveInt = Field(10_000, description="Samples over which the adaptive coefficient moves.")
-
-    @model_validator(mode="after")
-    def _has_a_gradient(self) -> KLConfig:
-        if self.placement == "loss" and self.estimator == "k1":
-            raise ValueError("k1 in the loss has a gradient of 0 in expectation: take k2 or k3, or placement reward")
-        return self
 
     @property
     def estimator_used(self) -> Literal["k1", "k2", "k3"]:
@@ -141,8 +135,8 @@ class OnlineConfig(_Frozen):
     num_minibatches: PositiveInt = Field(1, description="Optimizer updates per pass.")
     recompute_logprobs: bool = Field(
         False, description="Divide by log-probs that the policy's ranks recompute before training, instead of the "
-        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it, and where "
-        "online.max_staleness is above 0 it needs one."
+        "engine's own (advised in bfloat16, where the two differ by about 0.02 nats). A correction implies it, and "
+        "where online.max_staleness is above 0 it needs one."
     )
     correction: CorrectionConfig = Field(CorrectionConfig(), description="Weights against engine and age.")
     critic_warmup_iterations: int = Field(

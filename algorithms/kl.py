@@ -41,7 +41,20 @@ def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     return difference.expm1() - difference
 
 
-ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+def k1_with_gradient(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+    """The number of k1 with the gradient of k2, (T,), for a loss: both unbiased for KL(p, q), of tokens drawn from p.
+
+    k1's own gradient is that of ``log p``, which is 0 in expectation whatever q is: a penalty that does nothing.
+    """
+    half_square_T = k2(logprobs_T, ref_logprobs_T)
+    return k1(logprobs_T, ref_logprobs_T).detach() + (half_square_T - half_square_T.detach())
+
+
+_Estimator = Callable[["Tensor", "Tensor"], "Tensor"]
+#: In the reward, where there is no gradient.
+ESTIMATORS: Mapping[str, _Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+#: In the loss, by the same names.
+LOSS_ESTIMATORS: Mapping[str, _Estimator] = {"k1": k1_with_gradient, "k2": k2, "k3": k3}
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,15 @@ def kl_term(
 ) -> Loss:
     """``coefficient * mean of the estimated KL(policy, reference)``, in the loss and not in the reward.
 
-    For tokens that the policy drew itself the gradients are, in expectation: of k1 zero (it does nothing but add
-    noise), of k2 that of KL(policy, reference), of k3 that of KL(reference, policy). GRPO takes k3 (Shao et al. 2024,
-    equation 4). Where the reference gives a token more than 20 nats above the policy, 20 are counted: k3 would
-    overflow.
+    For tokens that the policy drew itself the gradients are, in expectation: of k2, and of k1 as it is in a loss
+    (``kl.k1_with_gradient``), that of KL(policy, reference), of k3 that of KL(reference, policy). GRPO takes k3 (Shao
+    et al. 2024, equation 4). Where the reference gives a token more than 20 nats above the policy, 20 are counted: k3
+    would overflow.
 
     Metrics: ``ref_kl``, the estimate, in nats a token.
 
     Args:
-        estimator: ``kl.k1``, ``kl.k2`` or ``kl.k3``.
+        estimator: one of ``kl.LOSS_ESTIMATORS``.
 
     Raises:
         AlgorithmError: lengths differ, or the denominator is not positive.

@@ -98,7 +98,12 @@ def slow_loss(config: OnlineConfig, model: Table) -> Tensor:
             total = total + norm * config.entropy_coefficient * (every[t].exp() * every[t]).sum()
             if config.kl.in_loss:
                 gap = ref[t] - own[t]
-                kl = gap.exp() - gap - 1 if config.kl.estimator_used == "k3" else gap.square() / 2
+                square = gap.square() / 2
+                kl = {
+                    "k1": square + (-gap - square).item(),  # the gradient of k2
+                    "k2": square,
+                    "k3": gap.exp() - gap - 1,
+                }[config.kl.estimator_used]
                 total = total + norm * KL_COEFFICIENT * kl
     return total
 
@@ -111,6 +116,7 @@ def slow_loss(config: OnlineConfig, model: Table) -> Tensor:
         {"name": "dr_grpo", "clip_high": 0.28},
         {"name": "rloo", "policy_loss": "reinforce", "normalise": "sequences"},
         {"name": "reinforce_plus_plus_baseline"},
+        {"name": "remax", "kl": {"placement": "loss", "estimator": "k1"}},
         {"name": "grpo", "policy_loss": "gspo", "clip_ratio": 0.3, "kl": {"coefficient": 0}},
         {"name": "grpo", "policy_loss": "cispo", "clip_high": 2.0, "entropy_coefficient": 0.2, "normalise": "constant"},
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from algorithms.errors import AlgorithmError
-from algorithms.kl import KLController, k1, k2, k3
+from algorithms.kl import ESTIMATORS, LOSS_ESTIMATORS, KLController, k1, k1_with_gradient, k2, k3
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +24,15 @@ def test_by_hand() -> None:
     torch.testing.assert_close(k1(p, q), torch.tensor([0.6931472, -0.6931472]))
     torch.testing.assert_close(k2(p, q), torch.tensor([0.2402265, 0.2402265]))
     torch.testing.assert_close(k3(p, q), torch.tensor([0.1931472, 0.3068528]))
+
+
+def test_k1_in_a_loss_by_hand() -> None:
+    """p = 0.5, q = 0.25 and the other way round: the number is the log ratio, and so is its slope in log p, as k2's."""
+    p, q = torch.tensor([0.5, 0.25]).log().requires_grad_(), torch.tensor([0.25, 0.5]).log()
+    estimate = k1_with_gradient(p, q)
+    assert estimate.tolist() == pytest.approx([0.6931472, -0.6931472])
+    assert torch.autograd.grad(estimate.sum(), p)[0].tolist() == pytest.approx([0.6931472, -0.6931472])
+    assert dict(LOSS_ESTIMATORS) == {**ESTIMATORS, "k1": k1_with_gradient}
 
 
 def test_k1_and_k3_are_unbiased() -> None:
