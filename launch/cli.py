@@ -78,12 +78,16 @@ def check(config: ConfigPath, overrides: Overrides = None, traceback: Traceback 
 @app.command("serve-reward")
 def serve_reward(
     model: Annotated[str, typer.Argument(help="The reward model: a Hugging Face folder, or a name on the hub.")],
+    engine: Annotated[str, typer.Option(help="What scores: transformers or vllm.")] = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all. It has no password.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     dtype: Annotated[str, typer.Option(help="Precision: bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass, and so of one sample.")] = 8192,
-    attention: Annotated[str, typer.Option(help="sdpa, flash_attention_2 or eager.")] = "sdpa",
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Of transformers: sdpa, which is the default, flash_attention_2 or eager. vLLM has its own."),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that the model brings.")] = False,
 ) -> None:
     """Serve MODEL as a reward by the protocol of docs/rewards.md, until it is interrupted."""
@@ -91,19 +95,21 @@ def serve_reward(
     import torch
 
     from actors.config import ModelConfig
-    from actors.errors import ModelError
+    from actors.errors import EngineDead, RoleError
     from actors.rewards.server import serve
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if engine == "vllm" and attention is not None:
+            raise ValueError(f"--attention {attention} is for --engine transformers; vLLM has its own")
         config = ModelConfig.model_validate(
-            {"path": model, "dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+            {"path": model, "dtype": dtype, "attention": attention or "sdpa", "trust_remote_code": trust_remote_code}
         )
-        serve(config, host=host, port=port, device=device, max_tokens=max_tokens)
-    except (ModelError, ValueError, OSError) as error:
+        serve(config, engine=engine, host=host, port=port, device=device, max_tokens=max_tokens)
+    except (RoleError, ValueError, OSError) as error:
         Console(stderr=True, highlight=False).print(Text.assemble(("error", "bold red"), f": {error}"), soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, EngineDead) else 2) from error
 
 
 def main() -> None:

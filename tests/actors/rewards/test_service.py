@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from aiohttp import web
 
-from actors.config import ModelConfig
 from actors.errors import RewardError
-from actors.models import load_scorer
 from actors.rewards.config import HttpRewardConfig
 from actors.rewards.endpoints import Endpoints
 from actors.rewards.face import Answer, RewardFailure, RewardSample
 from actors.rewards.service import HttpReward
-from tests.actors import tiny_models
 from tests.actors.ranks import free_port
-
-ROOT = Path(__file__).parents[3]
 
 
 def sample(response: str) -> RewardSample:
@@ -213,51 +201,3 @@ def test_an_open_circuit_is_tried_by_one_request_after_its_cooldown() -> None:
     assert endpoints.take() is None
     endpoints.give_back("b", answered=True)
     assert [endpoints.take(), endpoints.take()] == ["b", "b"]
-
-
-def test_a_served_model_scores_as_it_does_here(tmp_path: Path) -> None:
-    folder = tiny_models.write(tmp_path / "score", "llama", head="score")
-    port = free_port()
-    words = [sys.executable, "-m", "launch", "serve-reward", str(folder), "--port", str(port), "--dtype", "float32"]
-    with (tmp_path / "log").open("w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen(
-            [*words, "--max-tokens", "40"], cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(url, process, tmp_path / "log")
-        samples = [RewardSample("ASK", f" {'A' * n}", n % 2 == 0, {}) for n in range(12)]
-        samples.append(RewardSample("ASK", "A" * 50, True, {}))
-        answers = asyncio.run(_both(url, samples))
-        tokenizer, model = tiny_models.tokenizer(), load_scorer(ModelConfig(path=str(folder), dtype="float32"))
-        for one, answer in zip(samples[:-1], answers, strict=False):
-            ids = tokenizer(one.prompt + one.response)["input_ids"] + [tokenizer.eos_token_id] * one.finished
-            expected = model(torch.tensor(ids), torch.arange(len(ids)))[-1].item()
-            assert answer == pytest.approx(expected, abs=1e-5)
-        last = answers[-1]
-        assert isinstance(last, RewardFailure) and "54 tokens; a sample has from 1 to 40" in last.detail
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-
-
-async def _both(url: str, samples: list[RewardSample]) -> list[Answer]:
-    service = reward(url, batch_size=5, timeout_s=20)
-    try:
-        return await service.score(samples)
-    finally:
-        await service.close()
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1) as response:
-                assert json.load(response)["status"] == "ok"
-                return
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
