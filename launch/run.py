@@ -16,6 +16,7 @@ from actors.source import SourceActor
 from cluster.session import connect
 from launch.checkpoint import CheckpointStore
 from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, RunConfig
+from launch.data_rules import require_usable
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
 from launch.normalisation import draw_measured, export_learner
@@ -51,7 +52,7 @@ def run(config: RunConfig, *, resume: bool, stop: StopRequest) -> RunResult:
         stop: asks, once requested, for a checkpoint and an end between two iterations.
 
     Raises:
-        LaunchError: the run's folder, or its checkpoint, is not as it must be.
+        LaunchError: the run's folder, its checkpoint, or the data, are not as they must be.
         ClusterError: a role could not be placed, failed, or was silent past its deadline.
     """
     with RunDir.of(config).held():
@@ -78,12 +79,14 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
     if isinstance(config, ReferredRunConfig) and config.reference is not None:
         # A block of its own: its roles have given their places back before the learner takes its own.
         async with reference_roles(config, run_dir.logs) as scoring:
+            require_usable(config, await scoring.source.call_one(0, SourceActor.describe))
             models[REFERENCE] = (await scoring.reference.call(DataReferenceActor.model_digest))[0]
             if checkpoint is not None and saved is not None:
                 require_same_model(REFERENCE, saved.models.get(REFERENCE), models[REFERENCE], config, checkpoint)
             reference = await score_by_role(scoring, models[REFERENCE], run_dir.path.parent)
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
+        require_usable(config, description)
         measured = await draw_measured(config, roles)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         refers_to_itself = reference is None and config.algorithm.needs_reference
