@@ -180,8 +180,7 @@ class SourceActor:
         Raises:
             DataError: they cannot be used as configured.
         """
-        other = Dataset.from_config(data, "examples", self._tokenizer, seed=0)
-        return _with_info(other.in_order(0, num_rows))
+        return _with_info(Dataset.first_rows(data, "examples", self._tokenizer, num_rows).in_order(0, num_rows))
 
     def evaluate(
         self,

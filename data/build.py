@@ -87,6 +87,10 @@ class _Tally:
     num_preferences: int = 0
     longest: int = 0
 
+    def wanted(self, most_rows: int | None) -> int:
+        """Rows to take next, where so many are to be kept in all."""
+        return ROWS_AT_A_TIME if most_rows is None else min(ROWS_AT_A_TIME, most_rows - self.train - self.heldout)
+
     def leave_out(self, origin: str, why: str) -> None:
         if self.bad + self.too_long <= MOST_ROWS_NAMED:
             logger.warning("%s: left out: %s", origin, why)
@@ -160,13 +164,21 @@ class Builder:
         self._renderer = Renderer(tokenizer, config.apply_chat_template)
         self._encoder = Encoder(tokenizer)
 
-    def build(self, source: SourceConfig, heldout_fraction: float, folder: Path | None = None) -> Built:
-        """All of one source.
+    def build(
+        self,
+        source: SourceConfig,
+        heldout_fraction: float,
+        folder: Path | None = None,
+        *,
+        most_rows: int | None = None,
+    ) -> Built:
+        """All of one source, or its first rows.
 
         Args:
             source: what to read.
             heldout_fraction: share of the rows that is held out.
             folder: where the tables' files go, in folders that must not be there yet; none: in memory.
+            most_rows: how many rows are kept, and nothing behind them is read; none: all.
 
         Raises:
             DataError: it cannot be read, is of no known format, has a row that is refused, or nothing is left.
@@ -176,7 +188,7 @@ class Builder:
         splits = {held: _Split(self._kind, folder and folder / name, limit) for held, name in names.items()}
         try:
             records = self._records(source, tally)
-            while batch := list(islice(records, ROWS_AT_A_TIME)):
+            while batch := list(islice(records, tally.wanted(most_rows))):
                 self._add(batch, heldout_fraction, splits, tally)
             if not tally.train + tally.heldout:
                 longest = f"; the longest has {tally.longest} tokens" if tally.too_long else ""

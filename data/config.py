@@ -94,9 +94,9 @@ class DataConfig(_Frozen):
         "borders; or keep documents apart, cutting those over max_tokens into pieces; or keep them apart and whole."
     )
     margins: Literal["none", "small", "large"] | dict[str, NonNegative] = Field(
-        "none", description="Reward models, loss `ranking`: margins of comparisons with a rating and none of their own. "
-        "Llama 2's small or large table, or {rating: margin}. A rating that the table lacks makes a bad row; `none` "
-        "gives every rating margin 0."
+        "none", description="Reward models, loss `ranking`: margins of comparisons with a rating and no margin of "
+        "their own. Llama 2's small or large table, or {rating: margin}. A rating that the table lacks makes a bad "
+        "row; `none` gives every rating margin 0."
     )
     keep_columns: tuple[str, ...] = Field(
         (), description="Prompts: further columns of their rows that rewards are given, such as the right answer. They "

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from data.build import Builder, Counts
+from data.build import Builder, Built, Counts
 from data.cache import Cache
 from data.config import DataConfig
 from data.errors import DataError, EmptyDataError
@@ -30,6 +30,9 @@ from data.order import Cursor, Int64s, Mixture, advance
 from data.table import Column, Facts, Tables, TokenTable
 from data.tokenizer import Tokenizer
 from experience.schema import COMPARISONS, EXAMPLES, FEEDBACK, PROMPTS, make_batch
+
+#: A batch's lists begin and end at 32-bit offsets.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,25 @@ class Dataset:
         mixture = Mixture(tuple(len(source.train) for source in built), weights or None, seed)
         counts_of_all = tuple(source.counts for source in (*built, *extra))
         return cls(kind, [source.train for source in built], heldout, mixture, counts_of_all)
+
+    @classmethod
+    def first_rows(cls, config: DataConfig, kind: Kind, tokenizer: Tokenizer, num_rows: int) -> Dataset:
+        """The first rows that are kept of the sources to train on, one source behind the other.
+
+        What stands behind them is not read, and nothing is held out or kept in files.
+
+        Raises:
+            DataError: as ``from_config``.
+        """
+        builder = Builder(config, kind, tokenizer)
+        built: list[Built] = []
+        for source in config.train:
+            left = num_rows - sum(len(part.train) for part in built)
+            if left > 0:
+                built.append(builder.build(source, 0.0, most_rows=left))
+        tables = [part.train for part in built]
+        mixture = Mixture(tuple(len(table) for table in tables), None, 0)
+        return cls(kind, tables, [], mixture, tuple(part.counts for part in built))
 
     def __len__(self) -> int:
         """Rows in all: those to train on and those held out, each once."""
@@ -214,8 +236,7 @@ class Dataset:
 
     def _batch(self, places: Int64s, ids: Int64s) -> tuple[pa.RecordBatch, Int64s]:
         taken = self._all.take(places)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(taken.lengths)])
-        offsets = pa.array(starts.astype(np.int32))
+        offsets = list_offsets(taken.lengths)
         tokens = pa.ListArray.from_arrays(offsets, pa.array(taken.columns["tokens"]))
         row_ids = pa.array(taken.row_ids)
         match self.kind:
@@ -226,7 +247,7 @@ class Dataset:
                 return make_batch(PROMPTS, columns), taken.lengths
             case "examples":
                 mask = taken.columns["mask"]
-                mask[starts[:-1][taken.lengths > 0]] = 0  # nothing predicts the first token of a sequence
+                mask[offsets.to_numpy()[:-1][taken.lengths > 0]] = 0  # nothing predicts the first token of a sequence
                 masks = pa.ListArray.from_arrays(offsets, pa.array(mask))
                 columns = {"example_id": pa.array(ids), "tokens": tokens, "loss_mask": masks}
                 return make_batch(EXAMPLES, columns), taken.lengths
@@ -260,6 +281,26 @@ class Dataset:
             found = mismatch.sequences(places[mine] - side * len(self._train))
             for at, sequence in zip(mine.tolist(), found, strict=True):
                 sequences[at] = sequence
-        ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+        lengths = np.array([len(sequence) for sequence in sequences], np.int64)
         flat = np.concatenate([np.zeros(0, np.int32), *sequences])
-        return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat))
+        return pa.ListArray.from_arrays(list_offsets(lengths), pa.array(flat))
+
+
+def list_offsets(lengths: Int64s, most: int = MOST_TOKENS) -> pa.Int32Array:
+    """Where lists of these lengths begin, laid end to end, and where the last one ends: (N + 1,).
+
+    >>> list_offsets(np.array([2, 0, 3])).to_pylist()
+    [0, 2, 2, 5]
+
+    Args:
+        most: what an offset can be.
+
+    Raises:
+        DataError: they are longer together.
+    """
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    if ends[-1] > most:
+        raise DataError(
+            f"{len(lengths):,} sequences of {ends[-1]:,} tokens in one batch, which takes {most:,}: draw fewer at once"
+        )
+    return pa.array(ends.astype(np.int32))

@@ -54,6 +54,8 @@ _COLUMNS: dict[Kind, dict[str, str]] = {
     },
     "feedback": {"row_ends": "q", "tokens": "i", "num_prompt_tokens": "i", "desirable": "B"},
 }
+#: Among what `described` gives: values of each column.
+_SIZES = "sizes"
 
 
 class Buffers(Protocol):
@@ -213,24 +215,24 @@ class TokenTable:
     facts: Facts
 
     @classmethod
-    def open(cls, kind: Kind, folder: Path, facts: Mapping[str, object]) -> TokenTable:
+    def open(cls, kind: Kind, folder: Path, facts: Mapping[str, Any]) -> TokenTable:
         """A table from files, and from the facts as ``described`` gave them.
 
         Raises:
             OSError: a file is not there.
             ValueError: a file is not as long as it was.
+            KeyError: the facts say nothing of a column.
         """
-        known = Facts(**facts)  # type: ignore[arg-type]  # what `described` wrote
         columns = mapped(_COLUMNS[kind], folder)
-        table = cls(kind, columns, known)
-        ends = [int(columns["row_ends"][-1]) if known.num_rows else 0, len(columns["tokens"])]
-        if len(columns["row_ends"]) != known.num_rows or ends != [known.num_tokens] * 2:
-            raise ValueError(f"{folder}: holds {ends} tokens, expected {known.num_tokens}")
-        return table
+        sizes = {name: len(values) for name, values in columns.items()}
+        wrong = [f"{name} {size}" for name, size in sizes.items() if size != dict(facts[_SIZES])[name]]
+        if wrong:
+            raise ValueError(f"{folder}: holds another number of values than was written: {', '.join(wrong)}")
+        return cls(kind, columns, Facts(**{name: fact for name, fact in facts.items() if name != _SIZES}))
 
-    def described(self) -> dict[str, object]:
-        """The facts, for JSON."""
-        return asdict(self.facts)
+    def described(self) -> dict[str, Any]:
+        """The facts, and how many values each column has, for JSON."""
+        return {**asdict(self.facts), _SIZES: {name: len(values) for name, values in self.columns.items()}}
 
     def __len__(self) -> int:
         return self.facts.num_units

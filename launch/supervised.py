@@ -20,6 +20,7 @@ from actors.learner import LearnerActor
 from actors.ranking import reliability_of, without_counts
 from actors.reports import TrainReport
 from actors.source import SourceActor, SourceDescription
+from cluster.group import Ref
 from launch.config import LearnerRunConfig
 from launch.recorder import Recorder, Stopwatch
 from launch.reliability import RELIABILITY_FILE, write_reliability
@@ -29,6 +30,8 @@ from launch.supervised_state import SupervisedState
 
 #: Updates queued at the learner: one that runs and one that waits.
 PIPELINE_DEPTH = 2
+#: Of held-out rows in one batch, a quarter of a gigabyte. A batch's columns take 2^31 - 1 values.
+HELDOUT_TOKENS = 2**26
 
 
 class SupervisedDriver:
@@ -94,10 +97,10 @@ class SupervisedDriver:
 
     async def _evaluate(self) -> None:
         """Held-out loss over every held-out row, if there are any."""
-        batch, info = await self._roles.source.column_of(0, SourceActor.heldout)
-        if info.num_rows == 0:
+        batches = await self._heldout()
+        if not batches:
             return
-        report = (await self._roles.learner.call(LearnerActor.evaluate, [batch]))[0]
+        report = (await self._roles.learner.call(LearnerActor.evaluate, batches))[0]
         metrics = without_counts(report)
         if bins := reliability_of(report):
             write_reliability(bins, metrics["calibration_error"], self._folder / RELIABILITY_FILE)
@@ -105,3 +108,9 @@ class SupervisedDriver:
         if self._data.num_heldout_bytes:
             metrics["bits_per_byte"] = self._data.bits_per_byte(metrics["loss"])
         self._recorder.evaluation(self._state.update, metrics)
+
+    async def _heldout(self) -> list[Ref]:
+        """All held-out rows in file order, in batches within ``HELDOUT_TOKENS``; none where none are held out."""
+        size = max(1, HELDOUT_TOKENS // self._data.longest_row)
+        starts = range(0, self._data.num_heldout_rows, size)
+        return [(await self._roles.source.column_of(0, SourceActor.heldout, start, size))[0] for start in starts]

@@ -67,7 +67,7 @@ def test_ties_are_left_out_and_counted(plain: DecodingTokenizer, jsonl: Callable
     broken = jsonl(*tied, THREE | {"ranks": [1, 1]}, name="broken.jsonl")
     with pytest.raises(RowError, match=rf"{broken}:4: ranks must be a list of 3 numbers"):
         make(plain, broken)
-    with pytest.raises(EmptyDataError, match="3 rows read, 0 bad, 3 tied, 0 too long, 0 kept .*nothing is left"):
+    with pytest.raises(EmptyDataError, match=r"3 rows read, 0 bad, 3 tied, 0 too long, 0 kept .*nothing is left"):
         make(plain, jsonl(*tied, name="tied.jsonl"))
 
 
