@@ -6,7 +6,8 @@ Invariants:
   afterwards.
 - It is dead, with all that it started, when ``run`` returns.
 - What it prints is read up to a bound; beyond it the process is killed.
-- That it ended well is believed only with a secret that it does not print unless it ran to its end.
+- That it ended well is believed only with a secret at the end of what it prints. A program that merely ends early does
+  not know it; one that goes looking for it in its interpreter finds it, and this is no wall against that.
 """
 
 from __future__ import annotations
@@ -70,15 +71,22 @@ class Sandbox:
         self._config = config
         secret = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-            tried = subprocess.run(
-                self._words(),
-                input=self._task("import json, random, collections", "", secret, may_exit=False),
-                capture_output=True,
-                cwd=folder,
-                env=_ENVIRONMENT,
-                timeout=START_TIMEOUT_S,
-                check=False,
-            )
+            try:
+                tried = subprocess.run(
+                    self._words(),
+                    input=self._task("import json, random, collections", "", secret, may_exit=False),
+                    capture_output=True,
+                    cwd=folder,
+                    env=_ENVIRONMENT,
+                    timeout=START_TIMEOUT_S,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise RewardError(f"no sandbox can be started here: none was up in {START_TIMEOUT_S:g} s") from error
+            except OSError as error:
+                raise RewardError(
+                    f"no sandbox can be started here: {error}; python must name an interpreter that can be run"
+                ) from error
         if tried.stdout.decode().split() != [secret] * 2:
             why = (tried.stderr.decode().strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
             right = "isolation: limits does without namespaces"

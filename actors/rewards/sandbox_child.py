@@ -5,7 +5,7 @@ program runs nothing here can be trusted but what the kernel enforces.
 
 Standard input is one JSON object: the program, its input, the limits, and a secret. Standard output begins with the
 secret on a line of its own when the walls are up, and ends with it where the program ran to its end; what stands
-between is the program's.
+between is the program's. The secret is in this process's memory, where a program that looks for it finds it.
 """
 
 from __future__ import annotations

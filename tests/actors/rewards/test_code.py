@@ -90,6 +90,17 @@ async def test_a_sandbox_that_does_not_start_is_a_failure(monkeypatch: pytest.Mo
     assert isinstance(answer, RewardFailure) and answer.reason is Reason.CRASHED and "unavailable" in answer.detail
 
 
+def test_a_python_that_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RewardError, match="python must name an interpreter"):
+        Sandbox(limits(python=str(tmp_path / "none")))
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 20\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sandbox_module, "START_TIMEOUT_S", 0.1)
+    with pytest.raises(RewardError, match="none was up in"):
+        Sandbox(limits(python=str(sleeper)))
+
+
 @pytest.mark.parametrize(
     ("program", "outcome"),
     [
