@@ -185,11 +185,12 @@ class Episodes:
             return list(self._tokenizer(words, add_special_tokens=False)["input_ids"]) if words else []
         if isinstance(words, bytes) or not isinstance(words, Sequence):
             raise EpisodeFailed("said no words", f"{type(words).__name__}; a text or a list of tokens is expected")
-        known = self._num_tokens_known
+        known, tokens = self._num_tokens_known, list[int]()
         for token in words:
             if not isinstance(token, int) or not 0 <= token < known:
                 raise EpisodeFailed("said what is no token", f"{token!r}; tokens are whole numbers below {known}")
-        return list(words)
+            tokens.append(token)
+        return tokens
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
