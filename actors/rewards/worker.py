@@ -1,7 +1,8 @@
 """The process that runs a plain reward function, or a checker: ``python -m actors.rewards.worker TASK``.
 
-It answers requests, one JSON line each: a list of samples in, a list of scores or failures out. What the function
-prints goes to the log and never into the answers. It dies with the process that started it.
+It says that it is ready once all is loaded, so that no call's time goes by with that. It answers requests, one JSON line
+each: a list of samples in, a list of scores or failures out. What the function prints goes to the log and never into the
+answers. It dies with the process that started it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def _scorer(task: dict[str, Any]) -> Callable[[list[dict[str, Any]]], list[Answe
         from actors.rewards.checkers import checker_of
 
         check = checker_of(task["check"])
+        if task["check"]["name"] == "math":
+            from actors.rewards import mathematics
+
+            mathematics.load()
         return lambda samples: [_called(check, sample) for sample in samples]
     function = load_function(task["path"])
     signature = Signature.of(function)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from actors.errors import RewardError
+from actors.rewards import worker
 from actors.rewards.checker import CheckerReward
 from actors.rewards.checkers import checker_of, last_number, marked_number
 from actors.rewards.config import CheckerRewardConfig
@@ -82,6 +84,13 @@ def test_right_and_wrong(name: str, response: str, answer: object, config: dict[
 def test_an_answer_that_cannot_be_read_is_a_failure(name: str, answer: object) -> None:
     found = check(name, r"#### 12 \boxed{12}", answer)
     assert isinstance(found, RewardFailure) and found.reason is Reason.BAD_ROW
+
+
+def test_sympy_is_loaded_before_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, and a call that is killed for that would begin with it anew."""
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
+    worker._scorer({"check": {"name": "math"}})
+    assert "math_verify" in sys.modules
 
 
 def test_pieces() -> None:
