@@ -7,6 +7,7 @@ failure: nothing is known of the response then.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,9 +69,9 @@ def _passes(check: Any) -> Callable[[str, Any], Verdict]:
         case ExactCheck():
             return lambda response, answer: _exact(check, response, answer)
         case NumericCheck():
-            return lambda response, answer: _numeric(last_number(response), answer, check.tolerance)
+            return lambda response, answer: _numeric(check, last_number(response), answer, check.tolerance)
         case Gsm8kCheck():
-            return lambda response, answer: _numeric(marked_number(response, check.needs_mark), answer, 0.0)
+            return lambda response, answer: _numeric(check, marked_number(response, check.needs_mark), answer, 0.0)
         case MathCheck():
             return lambda response, answer: _mathematics(check, response, answer)
         case RegexCheck():
@@ -123,9 +124,10 @@ def length(text: str, unit: str) -> int:
 
 
 def _exact(check: ExactCheck, response: str, answer: object) -> Verdict:
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        return _bad(check.column, answer, "a text")
-    given, wanted = response.strip(), str(answer).strip()
+    text = _as_text(answer)
+    if text is None:
+        return _bad(check.column, answer, "a text, or a finite number")
+    given, wanted = response.strip(), text.strip()
     if check.extract is not None:
         matches = list(re.finditer(check.extract, response))
         if not matches:
@@ -134,18 +136,16 @@ def _exact(check: ExactCheck, response: str, answer: object) -> Verdict:
     return given.casefold() == wanted.casefold() if check.ignore_case else given == wanted
 
 
-def _numeric(given: float | None, answer: object, tolerance: float) -> Verdict:
-    if isinstance(answer, str):
-        wanted = marked_number(answer, needs_mark=False)
-    else:
-        wanted = float(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else None
-    if wanted is None:
-        return _bad("answer", answer, "a number, or a text with one")
+def _numeric(check: NumericCheck | Gsm8kCheck, given: float | None, answer: object, tolerance: float) -> Verdict:
+    text = _as_text(answer)
+    wanted = None if text is None else marked_number(text, needs_mark=False)
+    if wanted is None or not math.isfinite(wanted):  # written out, a number may still be beyond all bounds
+        return _bad(check.column, answer, "a finite number, or a text with one")
     return given is not None and abs(given - wanted) <= tolerance * max(1.0, abs(wanted))
 
 
 def _mathematics(check: MathCheck, response: str, answer: object) -> Verdict:
-    text = str(answer) if isinstance(answer, str | int | float) and not isinstance(answer, bool) else ""
+    text = _as_text(answer) or ""
     inner = boxed(text)
     wanted = parsed(text if inner is None else inner)
     if not wanted:
@@ -184,6 +184,13 @@ def _is_of_sections(shape: re.Pattern[str], names: tuple[str, ...], response: st
     if found is None:
         return False
     return not any(f"<{name}>" in text or f"</{name}>" in text for text in found.groups() for name in names)
+
+
+def _as_text(answer: object) -> str | None:
+    """An answer of the data; none where it is neither a text nor a number, or a number that no response can equal."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    return None if isinstance(answer, float) and not math.isfinite(answer) else str(answer)
 
 
 def _or_endless(most: int | None) -> float:

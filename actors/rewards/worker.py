@@ -1,8 +1,8 @@
 """The process that runs a plain reward function, or a checker: ``python -m actors.rewards.worker TASK``.
 
-It says that it is ready once all is loaded, so that no call's time goes by with that. It answers requests, one JSON line
-each: a list of samples in, a list of scores or failures out. What the function prints goes to the log and never into the
-answers. It dies with the process that started it.
+It says that it is ready once all is loaded, so that no call's time goes by with that. It answers requests, one JSON
+line each: a list of samples in, a list of scores or failures out. What the function prints goes to the log and never
+into the answers. It dies with the process that started it.
 """
 
 from __future__ import annotations

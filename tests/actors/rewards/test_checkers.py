@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -41,6 +42,9 @@ R, W = 1.0, -1.0
         ("numeric", "it is -3.", -3, {}, R),
         ("numeric", "1e3", "1000", {}, R),
         ("numeric", "none at all", 3, {}, W),
+        ("numeric", "1e999", 3, {}, W),
+        ("numeric", "-1e-07", -1e-7, {}, R),
+        ("gsm8k", "#### 0.5", 0.5, {}, R),
         ("numeric", "3.1", 3, {"tolerance": 0.05}, R),
         ("gsm8k", "2 and 3\n#### 1,000", "so\n#### 1000", {}, R),
         ("gsm8k", "#### 5\nno:\n#### $12.00 in 3 days", "12", {}, R),
@@ -79,7 +83,13 @@ def test_right_and_wrong(name: str, response: str, answer: object, config: dict[
 
 
 @pytest.mark.parametrize(
-    ("name", "answer"), [("exact", None), ("numeric", "many"), ("gsm8k", ["12"]), ("math", ""), ("math", None)]
+    ("name", "answer"),
+    [
+        *(("exact", answer) for answer in (None, math.nan)),
+        *(("numeric", answer) for answer in ("many", math.nan, -math.inf, "1e999", True, 10**400)),
+        *(("gsm8k", answer) for answer in (["12"], math.nan, "#### nan")),
+        *(("math", answer) for answer in ("", None, math.nan)),
+    ],
 )
 def test_an_answer_that_cannot_be_read_is_a_failure(name: str, answer: object) -> None:
     found = check(name, r"#### 12 \boxed{12}", answer)
