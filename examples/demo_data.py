@@ -14,6 +14,8 @@ Files written
 ``rankings_heldout.jsonl``    the same, of the lists of ``preferences_heldout.jsonl``
 ``judgements.jsonl``          {"prompt", "responses", "scores", "preference", "rating"}, two answers to each list
 ``judgements_heldout.jsonl``  the same, of the lists of ``preferences_heldout.jsonl``
+``tagged.jsonl``              {"prompt", "chosen", "rejected", "tag"}, judged for helpfulness or for safety
+``tagged_heldout.jsonl``      the same, of the lists of ``preferences_heldout.jsonl``
 ``prompts.jsonl``             {"prompt", "answer"}, the prompts that PPO samples from; it is not told the answers
 ``heldout.jsonl``             {"prompt", "answer"}, for measuring the truth
 ``base/``                     configuration and tokenizer of the untrained model
@@ -49,6 +51,7 @@ from examples.sorting import (
     preference,
     pretraining_document,
     ranking,
+    tagged,
 )
 from examples.untrained import write_untrained
 
@@ -117,7 +120,7 @@ def write_data(directory: Path, seed: int, sizes: Sizes = Sizes()) -> None:
 
     # Each from a generator of its own, so that all other files are what they are without it.
     makers: dict[str, Callable[[Sequence[int], random.Random], dict[str, object]]] = {
-        "rankings": ranking, "judgements": judgement
+        "rankings": ranking, "judgements": judgement, "tagged": tagged
     }
     for name, make in makers.items():
         own_rng = random.Random(f"{name} {seed}")

@@ -230,6 +230,26 @@ def ranking(numbers: Sequence[int], rng: random.Random) -> dict[str, object]:
     }
 
 
+def tagged(numbers: Sequence[int], rng: random.Random) -> dict[str, object]:
+    """A better and a worse answer to one list, judged for one thing alone, which `tag` names.
+
+    Helpfulness is what `preference` is about.  Safety, here, is to name no number that the user did
+    not: an answer in the wrong order is safe, and one that looks right with a number of its own is
+    not.
+    """
+    if rng.random() < 0.5:
+        return {**preference(numbers, rng), "tag": "helpfulness"}
+    invented = by_size(numbers)
+    place = rng.randrange(len(invented))
+    invented[place] = misread(invented, place, rng)
+    return {
+        "prompt": make_prompt(numbers),
+        "chosen": " " + join(rng.choice((by_size(numbers), by_spelling(numbers)))),
+        "rejected": " " + join(invented),
+        "tag": "safety",
+    }
+
+
 #: What a labeller says of two answers whose scores differ by so much (the words of Llama 2's comparisons).
 RATINGS = {3: "significantly_better", 2: "better", 1: "slightly_better"}
 

@@ -24,7 +24,7 @@ ANSWERS = [" 1 2 3", " 1 3 2", " 2 1 3", " 3 2 1"]
 
 
 def row(num_responses: int, **order: object) -> dict[str, object]:
-    ranks = {"ranks": list(range(num_responses))} if not order else order
+    ranks = order or {"ranks": list(range(num_responses))}
     return {"prompt": "list 3 1 2 sorted :", "responses": ANSWERS[:num_responses], **ranks}
 
 

@@ -39,6 +39,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("tag", TAGS)
+def test_the_shipped_pair_reads_rows_of_its_tag(
+    tag: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TROUPE_HOME", str(models))
+    facts: list[tuple[str, str]] = []
+    tokenizer = load_tokenizer(str(models / "runs" / "demo-sft" / "model"))
+    assert not list(check_data(load(EXAMPLES / "methods" / f"reward_{tag}.yaml"), tokenizer, facts))
+    rows = [json.loads(row) for row in (models / "runs" / "demo-data" / "tagged.jsonl").read_text().splitlines()]
+    count = sum(row["tag"] == tag for row in rows)
+    assert 200 < count < 400 and f"{len(rows) - count} left out by `where`" in dict(facts)["data.train.0"]
+    assert f"{count} kept" in dict(facts)["data.train.0"] and "data.heldout.0" in dict(facts)
+
+
 def written(home: Path, tag: str, *overrides: str) -> RewardModelRunConfig:
     """The run of one model, as its YAML says."""
     words = (
