@@ -70,7 +70,7 @@ class CreditReport:
     - with a baseline, ``baseline_score``, its mean over samples;
     - with groups, ``no_signal_fraction`` of samples in whose group all scores are equal;
     - where the policy's ranks recompute log-probs, ``engine_logprob_gap``, ``engine_logprob_gap_max``: distance between
-      the engine's and theirs;
+      the engine's and theirs, which are of newer weights where generation runs ahead;
     - with a correction, ``correction_fraction`` of tokens that it cut or masked, ``correction_weight``, the mean
       weight, and ``correction_kl``, k3 of KL(engine, policy's ranks) in nats.
 
