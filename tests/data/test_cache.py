@@ -76,13 +76,17 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
 
 
+def described(place: Path, text: str) -> None:
+    (place / DESCRIPTION).write_text(text)
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "tokens cut": lambda place: cut(place / "train" / "tokens"),
     "ranks cut": lambda place: cut(place / "train" / "rank"),
     "rating gone": lambda place: (place / "heldout" / "rating").unlink(),
-    "description cut": lambda place: (place / DESCRIPTION).write_text((place / DESCRIPTION).read_text()[:-9]),
+    "description cut": lambda place: cut(place / DESCRIPTION),
     "description gone": lambda place: (place / DESCRIPTION).unlink(),
-    "another description": lambda place: (place / DESCRIPTION).write_text(json.dumps({"train": {}})),
+    "another description": lambda place: described(place, json.dumps({"train": {}})),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from data.build import Counts
 from data.tokenizer import load_tokenizer
 from launch.check_data import check_data
-from launch.config import LearnerRunConfig
+from launch.config import AnyLearnerRunConfig, OnlineRunConfig
 from launch.configfile import load
 from launch.data_rules import require_usable
 from launch.errors import ConfigError
@@ -34,9 +34,9 @@ def runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home / "runs"
 
 
-def of(name: str, *overrides: str) -> LearnerRunConfig:
+def of(name: str, *overrides: str) -> AnyLearnerRunConfig:
     config = load(ROOT / "examples" / f"{name}.yaml", ["data.heldout=[]", "algorithm.evaluate_every=null", *overrides])
-    assert isinstance(config, LearnerRunConfig)
+    assert not isinstance(config, OnlineRunConfig)
     return config
 
 
