@@ -17,6 +17,7 @@ from actors.errors import EngineDead, RewardError, RolloutError
 from actors.models import load_tokenizer
 from actors.rewards.config import JudgeRewardConfig, LabelsConfig
 from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, TextReward, checked
+from actors.rewards.retries import may_be_tried_again
 from actors.rollout import engine_environment
 from cluster.context import RankContext
 
@@ -48,10 +49,15 @@ class JudgeReward(TextReward):
         # Here, so that whoever names this class does not import vLLM.
         from actors.vllm_engine.judging import JudgeEngine
 
+        # What waits for others takes none of its own time.
+        self._slots = asyncio.Semaphore(config.max_concurrent_sequences)
+        self._attempts: dict[str, int] = {}
         self._engine: JudgeEngine = JudgeEngine(config, on_gpu=on_gpu, seed=context.seed)
 
     async def score(self, samples: Sequence[RewardSample]) -> list[Answer]:
-        """One answer for each sample, all of them asked at once; the engine decides how many run at a time.
+        """One answer for each sample, as many of them asked at a time as the engine has room for.
+
+        A question that failed is asked with another seed the next time.
 
         Raises:
             EngineDead: the engine died.
@@ -65,8 +71,18 @@ class JudgeReward(TextReward):
         self._engine.shutdown()
 
     async def _judged(self, text: str) -> Answer:
+        attempt = self._attempts.get(text, 0)
+        async with self._slots:
+            answer = await self._answer(text, attempt)
+        if may_be_tried_again(answer) and attempt < self._config.num_retries:
+            self._attempts[text] = attempt + 1
+        else:  # it is not asked again
+            self._attempts.pop(text, None)
+        return answer
+
+    async def _answer(self, text: str, attempt: int) -> Answer:
         try:
-            said = await asyncio.wait_for(self._asked(self._encoded(text)), self._config.timeout_s)
+            said = await asyncio.wait_for(self._asked(self._encoded(text), attempt), self._config.timeout_s)
         except TimeoutError:
             return RewardFailure(Reason.TIMED_OUT, f"no judgement in {self._config.timeout_s} s")
         except EngineDead:
@@ -77,13 +93,13 @@ class JudgeReward(TextReward):
             return expected_value(self._config.labels, self._labels, said.logprobs)
         return parsed(self._config, said.text)
 
-    async def _asked(self, tokens: list[int]) -> Judgement:
+    async def _asked(self, tokens: list[int], attempt: int) -> Judgement:
         if self._labels:
             wanted = sorted({token for ids in self._labels.values() for token in ids})
             return await self._engine.probabilities(tokens, wanted)
         config = self._config
         return await self._engine.answer(
-            tokens, max_tokens=config.max_response_tokens, temperature=config.temperature
+            tokens, max_tokens=config.max_response_tokens, temperature=config.temperature, attempt=attempt
         )
 
     def _encoded(self, text: str) -> list[int]:

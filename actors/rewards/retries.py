@@ -44,7 +44,7 @@ async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample]
     tries = Counter(_reasons(answers))
     num_retried = 0
     for attempt in range(config.num_retries):
-        failed = [at for at, answer in enumerate(answers) if _may_be_tried_again(answer)]
+        failed = [at for at, answer in enumerate(answers) if may_be_tried_again(answer)]
         if not failed:
             break
         # Half of it at least, and not all ranks at the same time.
@@ -73,5 +73,6 @@ def _reasons(answers: Sequence[Answer]) -> list[str]:
     return [str(answer.reason) for answer in answers if isinstance(answer, RewardFailure)]
 
 
-def _may_be_tried_again(answer: Answer) -> bool:
+def may_be_tried_again(answer: Answer) -> bool:
+    """Whether it is a failure, and one that another try may change."""
     return isinstance(answer, RewardFailure) and answer.reason not in FINAL

@@ -63,12 +63,18 @@ class JudgeEngine:
         first = (output.logprobs or [{}])[0]
         return Judgement(output.text, {token: first[token].logprob for token in tokens if token in first})
 
-    async def answer(self, question: Sequence[int], *, max_tokens: int, temperature: float) -> Judgement:
-        """What the judge writes. Raises as ``probabilities``."""
+    async def answer(
+        self, question: Sequence[int], *, max_tokens: int, temperature: float, attempt: int = 0
+    ) -> Judgement:
+        """What the judge writes. Raises as ``probabilities``.
+
+        Args:
+            attempt: how often it has been asked the same before; another attempt draws other tokens.
+        """
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
-            seed=self._seed,
+            seed=self._seed + attempt,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         return Judgement((await self._answered(question, params)).text, {})

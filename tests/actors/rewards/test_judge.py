@@ -20,6 +20,7 @@ from actors.rewards import judge
 from actors.rewards.config import JudgeRewardConfig, LabelsConfig
 from actors.rewards.face import Reason, RewardFailure, RewardSample
 from actors.rewards.judge import JudgeReward, expected_value, label_tokens, parsed, question
+from actors.rewards.retries import score_with_retries
 from tests.actors import rollouts, tiny_models
 from tests.actors.ranks import context
 
@@ -72,8 +73,12 @@ class Engine:
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
-    async def answer(self, question: list[int], **_: object) -> Any:
+    async def answer(self, question: list[int], *, attempt: int, **_: object) -> Any:
         said = tiny_models.tokenizer().decode(question)
+        if "QUEUE" in said:
+            await asyncio.sleep(0.1)
+        if "VAGUE" in said:
+            return SimpleNamespace(text=str(attempt) if attempt else "MAYBE")
         if "SLOW" in said:
             await asyncio.sleep(30)
         if "LONG" in said:
@@ -95,6 +100,28 @@ async def test_every_fault_of_the_engine_is_a_failure_but_its_death(
     assert reasons == [7.0, "timed_out", "refused", "not_finite", "unreadable"]
     with pytest.raises(EngineDead):
         await reward.score([sample("FINE"), sample("DIE")])
+
+
+async def test_a_judgements_time_begins_when_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm_surroundings: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "actors.vllm_engine.judging", SimpleNamespace(JudgeEngine=Engine))
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    settings = config(tmp_path, pattern="(.+)", timeout_s=0.6, max_concurrent_sequences=2)
+    reward = JudgeReward(settings, context(role="judge"))
+    assert await reward.score([sample("QUEUE")] * 20) == [7.0] * 20
+
+
+async def test_what_could_not_be_read_is_drawn_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm_surroundings: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "actors.vllm_engine.judging", SimpleNamespace(JudgeEngine=Engine))
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    settings = config(tmp_path, pattern=r"(\d|MUTE)", num_retries=2, retry_wait_s=0.01)
+    reward = JudgeReward(settings, context(role="judge"))
+    scored = await score_with_retries(reward, [sample(word) for word in ("VAGUE", "FINE", "VAGUE", "MUTE")], settings)
+    assert scored.scores == [1.0, 7.0, 1.0, None]
+    assert not reward._attempts
 
 
 def test_a_question_is_filled_in_once() -> None:
