@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from actors.config import ScorerConfig, TrainedRoleConfig
 from actors.errors import RoleError, TrainingDiverged
+from actors.exports import save_model
 from actors.metric_totals import accumulate, over_ranks
-from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing, save_model
+from actors.models import PackedModel, TokenScorer, enable_gradient_checkpointing
 from actors.moving_average import MovingAverage
 from actors.normalisation import ScoreMap, fold
 from actors.process_group import join_ranks, prepare_device

@@ -19,16 +19,17 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import transformers.core_model_loading
 from torch import Tensor, nn
 
 from actors.config import ModelConfig
 from actors.errors import ModelError
+from actors.padded import run_padded
 
 logger = logging.getLogger(__name__)
 
@@ -63,23 +64,26 @@ class PackedModel(nn.Module):
             arguments |= _flash_boundaries(position_ids_T)
         return module(input_ids=tokens_T[None], position_ids=position_ids_T[None], use_cache=False, **arguments)
 
-    def _run_padded(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor, **arguments: object) -> Any:
-        """Call ``module`` on the pack as a batch padded on the right."""
-        row_T = (position_ids_T == 0).cumsum(0) - 1
-        shape = (int(row_T[-1]) + 1, int(position_ids_T.max()) + 1)
-        tokens = tokens_T.new_zeros(shape).index_put((row_T, position_ids_T), tokens_T)
-        mask = torch.zeros_like(tokens).index_put((row_T, position_ids_T), torch.ones_like(tokens_T))
-        return module(input_ids=tokens, attention_mask=mask, use_cache=False, **arguments)
+    def _run_padded(self, run: Callable[[Tensor, Tensor], Tensor], tokens_T: Tensor, position_ids_T: Tensor) -> Tensor:
+        """Call ``run`` on the pack as padded batches: see ``run_padded``."""
+        # Of a sharded parameter DeepSpeed keeps the whole shape.
+        sharded = hasattr(next(self.network.parameters()), "ds_shape")
+        return run_padded(run, tokens_T, position_ids_T, sharded=sharded)
 
     def hidden_states(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor) -> Tensor:
         """Last hidden states of the decoder ``module``, (T, hidden)."""
-        run = self._run_padded if self.padded else self._run
-        states = run(module, tokens_T, position_ids_T).last_hidden_state
-        states = states.transpose(0, 1) if self.tokens_first else states
-        if self.padded:
-            row_T = (position_ids_T == 0).cumsum(0) - 1
-            return torch.as_tensor(states[row_T, position_ids_T])
-        return torch.as_tensor(states[0])
+
+        def states(output: Any) -> Tensor:
+            found = torch.as_tensor(output.last_hidden_state)
+            return found.transpose(0, 1) if self.tokens_first else found
+
+        if not self.padded:
+            return states(self._run(module, tokens_T, position_ids_T))[0]
+
+        def run(tokens: Tensor, mask: Tensor) -> Tensor:
+            return states(module(input_ids=tokens, attention_mask=mask, use_cache=False))
+
+        return self._run_padded(run, tokens_T, position_ids_T)
 
 
 class CausalLM(PackedModel):
@@ -95,15 +99,17 @@ class CausalLM(PackedModel):
         Choosing positions here keeps the vocabulary projection, and its memory, to where it is wanted.
         """
         if self.padded:
-            logits = self._run_padded(self.network, tokens_T, position_ids_T).logits
-            row_T = (position_ids_T == 0).cumsum(0) - 1
-            logits_TV = logits[row_T, position_ids_T]
+            logits_TV = self._run_padded(self._logits, tokens_T, position_ids_T)
         elif positions_S is not None and self._selects:
             output = self._run(self.network, tokens_T, position_ids_T, logits_to_keep=positions_S)
             return torch.as_tensor(output.logits[0])
         else:
             logits_TV = self._run(self.network, tokens_T, position_ids_T).logits[0]
         return torch.as_tensor(logits_TV if positions_S is None else logits_TV[positions_S])
+
+    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Of a padded batch."""
+        return torch.as_tensor(self.network(input_ids=tokens, attention_mask=mask, use_cache=False).logits)
 
 
 class TokenScorer(PackedModel):
@@ -197,22 +203,6 @@ def outline(config: ModelConfig, *, scores: bool) -> PackedModel:
     except Exception as error:  # transformers and remote code raise whatever they like
         raise ModelError(f"model {config.path} could not be built as {auto.__name__}: {explained(error)}") from error
     return TokenScorer(network) if scores else CausalLM(network)
-
-
-def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tokenizer: Any) -> None:
-    """Write a folder that Hugging Face's ``from_pretrained`` and vLLM load, from ``weights`` by Hugging Face name."""
-    network: Any = model.network
-    network.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-
-
-def saved_form(model: PackedModel, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-    """A weight as ``save_model`` would write it, which may be as several: what loads model files expects these.
-
-    Names and shapes differ from those in memory where Transformers stacks a mixture's experts, and in older families.
-    """
-    saved = transformers.core_model_loading.revert_weight_conversion(model.network, {name: weight})
-    return [(own, tensor.contiguous()) for own, tensor in saved.items()]
 
 
 def enable_gradient_checkpointing(model: PackedModel) -> None:

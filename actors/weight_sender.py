@@ -17,7 +17,8 @@ from torch import Tensor
 
 from actors.deepspeed_engine import TrainEngine
 from actors.errors import RoleError
-from actors.models import PREFIX, PackedModel, saved_form
+from actors.exports import saved_form
+from actors.models import PREFIX, PackedModel
 from actors.weight_channels import Meeting, SharedBucket, WeightMeta, handle_of, pack
 from actors.weights import ADAPTER_PREFIX, Tally, WeightBucket, WeightManifest, WeightPart, dtype_name
 from cluster.context import RankContext

@@ -75,13 +75,19 @@ def by_comparison(batch: pa.RecordBatch, rows: Sequence[Any]) -> list[list[Any]]
 
 
 def plain_scores(folder: Path, batch: pa.RecordBatch) -> list[float]:
-    """Score of each response, each forwarded alone, read at its very last token."""
+    """Score of each response as Transformers gives it: by the model's own forward, which pools, in a padded batch."""
+    rows = batch.column("tokens").to_pylist()
+    return pooled_scores(folder, rows, "right")
+
+
+def pooled_scores(folder: Path, rows: Sequence[Sequence[int]], side: str) -> list[float]:
+    """As ``plain_scores``, padded on either side by the folder's own tokenizer."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    padded = tokenizer.pad({"input_ids": [list(row) for row in rows]}, padding_side=side, return_tensors="pt")
     with torch.no_grad():
-        for row in batch.column("tokens").to_pylist():
-            states = model.base_model(input_ids=torch.tensor([row])).last_hidden_state
-            found.append(model.score(states[0, -1]).item())
+        logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    found: list[float] = logits[:, 0].tolist()
     return found
 
 

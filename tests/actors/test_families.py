@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from actors.config import ModelConfig
 from actors.errors import ModelError
-from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer, outline, saved_form
+from actors.exports import saved_form
+from actors.models import PackedModel, load_causal_lm, load_scorer, load_tokenizer, outline
 from actors.tuning import require_tunable, weight_sources
 from actors.weight_sender import layout_of
 from actors.weights import dtype_name

@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor
 
 from actors.config import ModelConfig
-from actors.models import PackedModel, load_causal_lm, saved_form
+from actors.exports import saved_form
+from actors.models import PackedModel, load_causal_lm
 from tests.actors import families, rollouts
 
 pytestmark = [

@@ -1,0 +1,96 @@
+"""An exported scorer gives the same scores under plain Transformers, whatever its tokenizer pads with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from actors.config import ModelConfig
+from actors.exports import save_model
+from actors.models import load_causal_lm, load_scorer
+from tests.actors import tiny_models
+from tests.actors.comparison_programs import pooled_scores
+
+EOS = 1
+ROWS = [[5, 9, 33, EOS], [7, EOS, 8, 9, 40, 12, EOS], [3, 4], [EOS], [6, 6, 6, EOS, EOS]]
+
+
+def tokenizer(names: dict[str, str]) -> Any:
+    """One without padding, with these special tokens from the tiny vocabulary, besides EOS."""
+    inner = tiny_models.tokenizer().backend_tokenizer
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **names)
+
+
+def ours(folder: Path) -> list[float]:
+    model = load_scorer(ModelConfig(path=str(folder), dtype="float32"))
+    with torch.no_grad():
+        alone = [model(torch.tensor(row), torch.arange(len(row)), torch.tensor([len(row) - 1])) for row in ROWS]
+    return [score.item() for score in alone]
+
+
+def exported(folder: Path, names: dict[str, str], pad_token_id: int | None, eos: Any = EOS) -> Path:
+    """``folder`` with such a tokenizer and configuration, as it is exported."""
+    model = load_scorer(ModelConfig(path=str(folder), dtype="float32"))
+    model.config.pad_token_id, model.config.eos_token_id = pad_token_id, eos
+    own = tokenizer(names)
+    out = folder.parent / "out"
+    weights = {name.removeprefix("network."): weight.detach() for name, weight in model.named_parameters()}
+    save_model(model, weights, out, own)
+    assert (model.config.pad_token_id, own.pad_token) == (pad_token_id, names.get("pad_token")), "the own one changed"
+    return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("names", "pad_token_id", "eos", "chosen"),
+    [
+        ({"pad_token": "<pad>"}, 0, EOS, "<pad>"),
+        ({"pad_token": "<eos>"}, 1, EOS, "<pad>"),
+        ({"pad_token": "<eos>", "unk_token": "!"}, None, EOS, "<pad>"),
+        ({"pad_token": "Z"}, 1, EOS, "Z"),
+        ({"unk_token": "!", "bos_token": "Z"}, None, EOS, "<pad>"),
+        ({"pad_token": "<pad>", "bos_token": "Z"}, 0, [EOS, 0], "Z"),
+    ],
+    ids=["its own", "EOS", "EOS and none", "EOS in the configuration alone", "none", "another end"],
+)
+def test_transformers_pools_where_the_score_is(
+    names: dict[str, str], pad_token_id: int | None, eos: Any, chosen: str, side: str, tmp_path: Path
+) -> None:
+    folder = tiny_models.write(tmp_path / "score", "qwen2", head="score")
+    out = exported(folder, names, pad_token_id, eos)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert (loaded.pad_token, config.pad_token_id) == (chosen, loaded.convert_tokens_to_ids(chosen))
+    saved = json.loads((out / "tokenizer.json").read_text())
+    assert {token["id"] for token in saved["added_tokens"]} < set(range(tiny_models.VOCAB)), "the vocabulary grew"
+    assert pooled_scores(out, ROWS, side) == pytest.approx(ours(folder), rel=1e-4, abs=1e-5)
+    assert ours(out) == ours(folder)
+
+
+def test_where_every_special_token_ends_rows_there_is_no_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As GPT-2's tokenizer, that has one special token: single rows are right, and batches are refused, not wrong."""
+    folder = tiny_models.write(tmp_path / "score", "qwen2", head="score")
+    out = exported(folder, {"pad_token": "<eos>"}, 1, [EOS, 0])
+    assert "has no token for padding besides those that end a row" in caplog.text
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        alone = [model(torch.tensor([row])).logits[0, 0].item() for row in ROWS]
+    assert alone == pytest.approx(ours(folder), rel=1e-4, abs=1e-5)
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        model(torch.tensor(ROWS[:1] * 2))
+
+
+def test_a_language_model_keeps_what_it_pads_with(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "llama", "llama")
+    model = load_causal_lm(ModelConfig(path=str(folder), dtype="float32"))
+    model.config.pad_token_id = EOS
+    save_model(model, {}, tmp_path / "out", tokenizer({"pad_token": "<eos>"}))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == EOS
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<eos>"
