@@ -118,16 +118,29 @@ class TokenScorer(PackedModel):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.head_name = next(name for name in _HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear))
+        setattr(network, self.head_name, _Float32Head(getattr(network, self.head_name)))
         self.score_bias = float(getattr(network.config, SCORE_BIAS, 0.0))
         """Added to every score: of a normalised reward model whose head has no bias."""
 
     def forward(self, tokens_T: Tensor, position_ids_T: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        """Scores (T,), or (S,) at ``positions_S`` alone, in float32."""
+        """Scores (T,), or (S,) at ``positions_S`` alone: computed by the head in float32, whatever its weights are."""
         states = self.hidden_states(self.network.base_model, tokens_T, position_ids_T)  # type: ignore[arg-type]
         if positions_S is not None:
             states = states[positions_S]
         head = getattr(self.network, self.head_name)
-        return torch.as_tensor(head(states)[:, 0].float() + self.score_bias)
+        return torch.as_tensor(head(states)[:, 0] + self.score_bias)
+
+
+class _Float32Head(nn.Linear):
+    """A linear layer with the parameters of another that computes in float32. In bfloat16 scores have 8 bits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -161,3 +161,22 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="decoder"):
         load_scorer(ModelConfig(path=str(tmp_path), dtype="float32"))
+
+
+def test_scores_of_a_bfloat16_model_are_not_rounded_to_bfloat16(models: Path) -> None:
+    """The head computes in float32, from hidden states and weights in bfloat16; gradients have the weights' type."""
+    model = load_scorer(ModelConfig(path=str(models / "score"), dtype="bfloat16"))
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 64, (2000,), generator=source)
+    positions = torch.arange(2000) % 20
+    scores = model(tokens, positions)
+    assert scores.dtype == torch.float32
+    assert len(scores.unique()) > 1900 > 1000 > len(scores.bfloat16().unique())
+    with torch.no_grad():
+        states = model.hidden_states(model.network.base_model, tokens, positions)  # type: ignore[arg-type]
+    weight = model.get_parameter("network.score.weight")
+    expected = states.double() @ weight.double().T
+    torch.testing.assert_close(scores.double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    scores.sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad, states.double().sum(0, keepdim=True).bfloat16())
