@@ -15,10 +15,6 @@ class TrainingDiverged(RoleError):
     """A loss or a gradient is not a finite number; the update it would have made was not applied."""
 
 
-class ScoreError(RoleError):
-    """A score is missing or is not a finite number."""
-
-
 class RewardError(RoleError):
     """A reward cannot score anything as it is configured: a function, a file or a column is missing."""
 

@@ -3,11 +3,14 @@
 Invariants:
 
 - The score is read at the last token of prompt and response together, whatever stands beside it in the pack.
-- A score that is not a finite number ends the run naming the sample; it is never taken for a zero.
+- A score that is not a finite number is no score: its sample is dropped and told of; it is never taken for a zero.
+  Where a model gives none at all, every prompt that is drawn in place of the dropped ones is dropped too, which ends
+  the run.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +21,16 @@ from torch import Tensor
 
 from actors.config import ModelConfig, RewardConfig
 from actors.deepspeed_engine import ForwardEngine
-from actors.errors import ScoreError
 from actors.models import load_scorer, load_tokenizer
 from actors.packed import EMPTY_ROW, in_row_order, scoring_packs
-from actors.reports import ColumnInfo
+from actors.rewards.face import Reason
+from actors.rewards.failures import RewardInfo, SampleFailure, log_failures
 from actors.scoring import last_scores, own_ids
 from cluster.context import RankContext
 from experience.schema import ROLLOUT, SCORES, TOKENS, check_schema, make_batch
 from experience.tensors import ListColumn, list_column, pack
+
+NOT_FINITE = str(Reason.NOT_FINITE)
 
 
 class RewardActor:
@@ -49,11 +54,10 @@ class RewardActor:
         self._policy_tokenizer: Any = None if same else policy_tokenizer
         self._engine = ForwardEngine(load_scorer(config.model, seed=context.seed), context, config)
 
-    def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ColumnInfo]:
-        """One score a sample: SCORES of this rank's rows.
+    def score(self, rollouts: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, RewardInfo]:
+        """One score a sample: SCORES of this rank's rows, NaN for those of ``RewardInfo.failures``.
 
         Raises:
-            ScoreError: a score is NaN or infinite.
             ValueError: a sample is longer than ``max_tokens_per_pack``.
         """
         started = time.perf_counter()
@@ -71,30 +75,45 @@ class RewardActor:
         pieces = in_row_order(rows, [s[: len(part)] for s, part in zip(scores, rows, strict=True)], one_each)
         flat = torch.cat(pieces) if pieces else torch.zeros(0)
         sample_ids = own_ids(rollouts, own)
-        self._require_finite(flat, sample_ids, tokens, own)
+        suspects: list[int] = (~flat.isfinite()).nonzero()[:, 0].tolist()
+        again = [] if self._engine.collective else suspects
+        if again:
+            self._score_alone(flat, again, tokens, own)
+        num_failed = len(suspects) + sum(not math.isfinite(flat[at]) for at in again)
+        failures = self._failures(flat, sample_ids, rollouts, own)
         column = make_batch(SCORES, {"sample_id": sample_ids, "score": pa.array(flat.numpy())})
-        info = ColumnInfo(len(own), sum(lengths[row] for row in own), time.perf_counter() - started)
+        info = RewardInfo(
+            num_rows=len(own),
+            num_tokens=sum(lengths[row] for row in own),
+            seconds=time.perf_counter() - started,
+            failures=failures,
+            num_failed_tries={NOT_FINITE: num_failed} if num_failed else {},
+            num_retried=len(again),
+        )
         return column, info
 
-    def _require_finite(self, scores: Tensor, sample_ids: pa.Array, tokens: ListColumn, own: range) -> None:
-        """Raise for the samples whose scores are not finite by their own fault.
+    def _score_alone(self, scores: Tensor, places: Sequence[int], tokens: ListColumn, own: range) -> None:
+        """Put new scores in the place of some.
 
-        NaN spreads over a pack (a weight of 0 times NaN is NaN), so suspects are scored again, each alone; where
-        forward is collective that cannot be done, and the whole pack is named.
+        NaN spreads over a pack (a weight of 0 times NaN is NaN), and what stood beside the sample that is at fault has
+        a score by itself. Where forward is collective that cannot be done: the whole pack goes without.
         """
-        suspects = (~scores.isfinite()).nonzero()[:, 0].tolist()
-        if not suspects:
-            return
-        guilty = suspects
-        if not self._engine.collective:
-            alone = [pack(tokens, [own[at]]).to(self._engine.device) for at in suspects]
-            again = self._engine.forward(alone, last_scores)
-            guilty = [at for at, score in zip(suspects, again, strict=True) if not bool(score.isfinite().all())]
-        names = ", ".join(str(sample_ids[at].as_py()) for at in (guilty or suspects)[:5])
-        raise ScoreError(
-            f"{self._context.role}: the score of sample {names} is not finite ({len(guilty)} of {len(scores)} are "
-            f"not); the model is {self._config.model.path}"
-        )
+        alone = [pack(tokens, [own[at]]).to(self._engine.device) for at in places]
+        for at, score in zip(places, self._engine.forward(alone, last_scores), strict=True):
+            scores[at] = score.float().cpu()[0]
+
+    def _failures(
+        self, scores: Tensor, sample_ids: pa.Array, rollouts: Sequence[pa.RecordBatch], own: range
+    ) -> tuple[SampleFailure, ...]:
+        prompts = pa.chunked_array([rollout.column("prompt_id") for rollout in rollouts], pa.int64())
+        failures = []
+        for at, score in enumerate(scores.tolist()):
+            if not math.isfinite(score):
+                detail = f"the model {self._config.model.path} gives {score}"
+                sample, prompt = sample_ids[at].as_py(), prompts[own.start + at].as_py()
+                failures.append(SampleFailure(sample, prompt, NOT_FINITE, detail, dropped=True))
+        log_failures(self._context.role, failures)
+        return tuple(failures)
 
     def _reencoded(self, rollouts: Sequence[pa.RecordBatch]) -> ListColumn:
         """The samples in the reward model's own tokens."""

@@ -23,7 +23,8 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reports import ColumnInfo
 from actors.reward import RewardActor
-from actors.rewards.actor import RewardInfo, TextRewardActor
+from actors.rewards.actor import TextRewardActor
+from actors.rewards.failures import RewardInfo
 from actors.rollout import RolloutInfo
 from actors.score_columns import SAFETY_PROMPTS, wants_tag
 from cluster.group import Ref, RoleGroup

@@ -9,19 +9,17 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from actors.config import ModelConfig
 from actors.models import load_tokenizer
-from actors.reports import ColumnInfo
 from actors.rewards.build import build_reward
 from actors.rewards.config import TextRewardConfig
+from actors.rewards.failures import RewardInfo, SampleFailure, log_failures
 from actors.rewards.retries import Scored, score_with_retries
 from actors.rewards.rows import kept_columns, sample_texts
 from actors.scoring import own_ids
@@ -29,47 +27,6 @@ from cluster.context import RankContext
 from experience.packing import contiguous_split
 from experience.schema import ROLLOUT, SCORES, check_schema, make_batch
 from experience.tensors import list_column
-
-logger = logging.getLogger(__name__)
-
-MOST_NAMED = 5
-
-
-@dataclass(frozen=True)
-class SampleFailure:
-    """A sample that got no score of its own, after all tries."""
-
-    sample_id: int
-    prompt_id: int
-    reason: str
-    detail: str
-    dropped: bool
-
-
-@dataclass(frozen=True)
-class RewardInfo(ColumnInfo):
-    """One rank's part of a reward's column.
-
-    ``num_failed_tries`` counts by reason, tries that a later one made good included; ``num_retried`` counts samples
-    tried again, once for each time. ``num_tokens`` are of prompts and responses.
-    """
-
-    failures: tuple[SampleFailure, ...]
-    num_failed_tries: Mapping[str, int]
-    num_retried: int
-
-    @property
-    def dropped(self) -> dict[int, str]:
-        """The prompts whose groups are to be left out, each with a reason for the ledger."""
-        return {failure.prompt_id: f"reward {failure.reason}" for failure in self.failures if failure.dropped}
-
-    @property
-    def num_failures(self) -> dict[str, int]:
-        """Samples without a score of their own, by reason."""
-        counts: dict[str, int] = {}
-        for failure in self.failures:
-            counts[failure.reason] = counts.get(failure.reason, 0) + 1
-        return counts
 
 
 class TextRewardActor:
@@ -142,16 +99,5 @@ class TextRewardActor:
             )
             for at, failure in scored.failures.items()
         )
-        for failure in failures[:MOST_NAMED]:
-            logger.warning(
-                "%s: sample %d of prompt %d has no score (%s: %s) and is %s",
-                self._context.role,
-                failure.sample_id,
-                failure.prompt_id,
-                failure.reason,
-                failure.detail,
-                "dropped" if failure.dropped else f"given {self._config.on_failure}",
-            )
-        if len(failures) > MOST_NAMED:
-            logger.warning("%s: and %d more samples", self._context.role, len(failures) - MOST_NAMED)
+        log_failures(self._context.role, failures, self._config.on_failure)
         return failures

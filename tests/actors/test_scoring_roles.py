@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from actors.config import ModelConfig
-from actors.errors import ScoreError
 from actors.models import load_causal_lm, load_scorer
 from experience.schema import REF_LOGPROBS, SCORES, VALUES, SchemaError, check_schema
 from tests.actors import role_programs as programs
@@ -149,18 +148,29 @@ def test_another_tokenizer_gets_the_text_again(models: Path, tmp_path: Path) -> 
         assert model(row, torch.arange(len(row)))[-1].item() == pytest.approx(score, abs=1e-5)
 
 
-def test_a_score_that_is_no_number_is_named(models: Path, tmp_path: Path) -> None:
+def test_a_score_that_is_no_number_is_a_failure(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tiny_models.write(tmp_path / "bad", "qwen2", head="score")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
         model.model.embed_tokens.weight[37] = float("nan")
     model.save_pretrained(folder)
     batch = rollout(12, seed=5, first_id=40)
-    with_37 = [40 + i for i, row in enumerate(rows_of([batch], "tokens")) if 37 in row]
+    tokens, prompts = rows_of([batch], "tokens"), rows_of([batch], "prompt_id")
+    with_37 = [40 + i for i, row in enumerate(tokens) if 37 in row]
     assert 0 < len(with_37) <= 5
-    named = ", ".join(map(str, with_37))
-    with pytest.raises(ScoreError, match=f"sample {named} is not finite .{len(with_37)} of 12"):
-        programs.reward(context(), folder, models / "qwen2").score([batch])
+    column, info = programs.reward(context(), folder, models / "qwen2").score([batch])
+    scores = column.column("score").to_pylist()
+    expected = [row[-1] for row in alone_scores(folder, [batch])]
+    assert scores == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    assert [failure.sample_id for failure in info.failures] == with_37
+    assert info.dropped == {prompts[sample - 40]: "reward not_finite" for sample in with_37}
+    assert info.num_failures == {"not_finite": len(with_37)}
+    # The pack failed as a whole, and then those that are at fault by themselves.
+    assert info.num_retried >= len(with_37)
+    assert info.num_failed_tries == {"not_finite": info.num_retried + len(with_37)}
+    assert f"sample {with_37[0]} of prompt {prompts[with_37[0] - 40]} has no score (not_finite" in caplog.text
 
 
 def test_wrong_batches_and_long_rows_are_refused(models: Path, batches: list[pa.RecordBatch]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from actors.credit import CreditActor
 from actors.reports import ColumnInfo, TrainReport
-from actors.rewards.actor import RewardInfo, SampleFailure
+from actors.rewards.failures import RewardInfo, SampleFailure
 from actors.rewards.rows import kept_columns
 from actors.rollout import RolloutInfo
 from actors.source import BatchInfo

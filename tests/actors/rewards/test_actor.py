@@ -13,9 +13,10 @@ import pytest
 
 from actors.config import ModelConfig
 from actors.errors import RewardError
-from actors.rewards.actor import RewardInfo, TextRewardActor
+from actors.rewards.actor import TextRewardActor
 from actors.rewards.config import FunctionRewardConfig
 from actors.rewards.face import Reason, RewardFailure, RewardSample, TextReward
+from actors.rewards.failures import RewardInfo
 from actors.rewards.retries import score_with_retries
 from actors.rewards.rows import kept_columns, sample_texts, tagged
 from experience.schema import PROMPTS, ROLLOUT, SCORES, SchemaError, check_schema, make_batch
