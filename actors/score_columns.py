@@ -162,8 +162,7 @@ def _total(
 ) -> Total:
     tokens: list[list[int]] = []
     if any(isinstance(step, RepetitionConfig) for step in config.shaping.values()):
-        pairs = zip(table.column("tokens").to_pylist(), table.column("num_prompt_tokens").to_pylist(), strict=True)
-        tokens = [sample[num_prompt:] for sample, num_prompt in pairs]
+        tokens = _drawn(table)
     rewards = {name: scores_N for name, scores_N in scores.items() if name != SAFETY_PROMPTS}
     responses = Responses(
         finished_N=torch.tensor([reason == "stop" for reason in table.column("finish_reason").to_pylist()]),
@@ -173,6 +172,15 @@ def _total(
         safety_prompts_N=scores[SAFETY_PROMPTS].bool() if SAFETY_PROMPTS in scores else None,
     )
     return total_scores(config, rewards, responses, moments)
+
+
+def _drawn(table: pa.Table) -> list[list[int]]:
+    """What the policy said in each sample: its turns laid end to end, without an environment's words between them."""
+    columns = (table.column(name).to_pylist() for name in ("tokens", "turn_starts", "turn_ends"))
+    return [
+        [token for start, end in zip(starts, ends, strict=True) for token in sample[start:end]]
+        for sample, starts, ends in zip(*columns, strict=True)
+    ]
 
 
 def _by_name(scores: Batches, names: Sequence[str], num_rows: int) -> dict[str, list[pa.RecordBatch]]:

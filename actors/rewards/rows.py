@@ -54,7 +54,7 @@ def tagged(
 def sample_texts(
     rollouts: Sequence[pa.RecordBatch], own: range, columns: Columns, tokenizer: Any
 ) -> list[RewardSample]:
-    """The samples of the rows ``own`` of all rollouts, decoded.
+    """The samples of the rows ``own`` of all rollouts, decoded. An episode's response is all behind its prompt.
 
     Args:
         columns: of each prompt's row, by its id.

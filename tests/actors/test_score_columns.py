@@ -13,11 +13,12 @@ import torch
 from actors.credit import CreditActor
 from actors.credit_columns import NotFinite
 from actors.rewards.combination_config import TotalConfig
+from actors.score_columns import Totals
 from algorithms.config import OnlineConfig
 from algorithms.moments import RunningMoments
 from cluster.context import RankContext
-from experience.schema import PROMPTS, SCORES, SchemaError, make_batch
-from experience.table import Experience
+from experience.schema import PROMPTS, ROLLOUT, SCORES, SchemaError, make_batch
+from experience.table import Experience, join
 from tests.actors.test_credit import Sample, columns, random_samples
 
 PIECEWISE = {"kind": "piecewise", "helpfulness": "help", "safety": "safe", "tag_column": "kind", "whiten": False}
@@ -99,3 +100,17 @@ def test_moments_run_on() -> None:
     assert dict(first.moments) == {"scale": RunningMoments(2, 4.0, 2.0)}
     _, second = credit.assign(**given(samples, parts), keep_at=None, moments=first.moments)
     assert second.moments["scale"].count == 4
+
+
+def test_an_environments_words_are_no_repetition_of_the_policys() -> None:
+    said = {"tokens": [[9, 1, 2, 7, 7, 7, 1, 3]], "turn_starts": [[1, 6]], "turn_ends": [[3, 8]]}
+    rollout = make_batch(
+        ROLLOUT,
+        said
+        | {"sample_id": [4], "prompt_id": [4], "num_prompt_tokens": [1], "turn_rewards": [[0.0, 0.0]]}
+        | {"rollout_logprobs": [[-1.0] * 4], "policy_versions": [[0] * 4], "finish_reason": ["stop"]},
+    )
+    shaping = {"again": {"kind": "repetition", "ngram": 1, "penalty": 1.0}}
+    totals = Totals(["reward"], TotalConfig.model_validate({"shaping": shaping}), 64)
+    total = totals.of(join([rollout]).table, {"reward": torch.tensor([2.0], dtype=torch.float64)})
+    assert total.scores_N.tolist() == [2.0 - 1 / 4]
