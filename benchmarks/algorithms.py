@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def run(home: Path, way: str, seed: int, prompts: list[str]) -> Outcome:
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{way}-{seed}")
     folder, noted = home / "runs" / name, home / f"{name}.json"
     if not noted.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was broken off
         yaml, *changes = WAYS[way]
         words = [f"run.name={name}", f"run.seed={seed}", *changes]
         cpu_s = troupe(home, yaml, home / f"{name}.log", *words)
