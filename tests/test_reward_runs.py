@@ -70,6 +70,7 @@ WORDS = (
     "data.keep_columns=[answer, faulty]",
     "online.batch_size=12",
     "online.scoring_batch_size=4",
+    "policy.ranks_per_node=1",
     "rollout.sampling.samples_per_prompt=2",
     "reward=null",
     f"rewards={REWARDS}",
@@ -100,8 +101,6 @@ def test_checker_and_functions_as_rewards(troupe: Troupe, home: Path) -> None:
     faulty = dict(enumerate(FAULTS, start=3))
     written(home / "prompts.jsonl", [{**row, "faulty": faulty.get(at, "")} for at, row in enumerate(heldout(home, 16))])
     (home / "functions.py").write_text(FUNCTIONS)
-    checked = troupe("check", *WORDS)
-    assert "rewards.tidy" in checked.stdout and "can run" in checked.stdout, checked.stdout
     finished = troupe("train", *WORDS)
     check_done(finished)
     run = home / "runs" / "rewards"
