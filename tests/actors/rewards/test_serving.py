@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from actors.config import ModelConfig
@@ -144,6 +145,29 @@ def test_what_cannot_be_scored_with_is_refused(tmp_path: Path) -> None:
     assert require_poolable(good) == BIAS
     with pytest.raises(RolloutError, match=r"--device cuda:1: .* set CUDA_VISIBLE_DEVICES"):
         VLLMScorer(good, device="cuda:1", max_tokens=40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_model_that_vllm_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "score"
+    shape = transformers.GPTNeoConfig(
+        vocab_size=tiny_models.VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        num_labels=1,
+    )
+    transformers.AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    command = [sys.executable, "-m", "launch", "serve-reward", str(folder), "--engine", "vllm"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith(f"error: vLLM cannot score with {folder}: ") and told.endswith("; use --engine transformers")
 
 
 @pytest.mark.parametrize(
