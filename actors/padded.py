@@ -34,7 +34,10 @@ def run_padded(
     starts = (position_ids_T == 0).nonzero()[:, 0].tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], len(tokens_T)], strict=True)]
     pieces, places = [], []
-    for rows in similar(lengths):
+    batches = similar(lengths)
+    # Before the first of them: what is collective must come in the same order on all ranks.
+    num_more = _most(len(batches), tokens_T.device) - len(batches) if sharded else 0
+    for rows in batches:
         place_T = torch.cat([torch.arange(starts[row], starts[row] + lengths[row]) for row in rows]).to(tokens_T.device)
         row_T = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([lengths[row] for row in rows]))
         at = (row_T.to(tokens_T.device), position_ids_T[place_T])
@@ -44,7 +47,7 @@ def run_padded(
         pieces.append(run(tokens, mask)[at])
         places.append(place_T)
     outputs_T = torch.cat(pieces)[torch.cat(places).argsort()]
-    for _ in range(_most(len(pieces), tokens_T.device) - len(pieces) if sharded else 0):
+    for _ in range(num_more):
         # Part of the result, so that it is part of backward too.
         one = tokens_T[:1, None]
         outputs_T = outputs_T + 0 * run(one, torch.ones_like(one)).sum()
