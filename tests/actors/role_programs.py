@@ -11,7 +11,6 @@ import torch
 
 from actors.config import (
     CriticConfig,
-    Dtype,
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -66,10 +65,8 @@ def reward(own: RankContext, folder: Path, tokenizer: Path, sharding: str = "rep
     return RewardActor(own, config, ModelConfig(path=str(tokenizer)))
 
 
-def reference(
-    own: RankContext, folder: Path, sharding: str = "replicas", dtype: Dtype = "float32"
-) -> ReferenceActor:
-    model = ModelConfig(path=str(folder), dtype=dtype)
+def reference(own: RankContext, folder: Path, sharding: str = "replicas") -> ReferenceActor:
+    model = ModelConfig(path=str(folder), dtype="float32")
     return ReferenceActor(own, ReferenceConfig(model=model, sharding=sharding, max_tokens_per_pack=PACK), sampling())
 
 
