@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor
 
 from actors.config import ModelConfig
+from actors.deepspeed_engine import TrainEngine
 from actors.models import PackedModel, load_causal_lm, load_scorer
 from actors.padded import MOST_PADDED, run_padded, similar
-from tests.actors import tiny_models
+from cluster.context import RankContext
+from tests.actors import engine_programs, tiny_models, tuning_programs
+from tests.actors.ranks import Ranks
 
 
 def padded_tokens(lengths: list[int]) -> int:
@@ -82,3 +87,30 @@ def test_gradients_are_those_of_the_sequences_alone(head: str, tmp_path: Any) ->
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def learn(own: RankContext, folder: Path, stage: int) -> tuple[list[float], dict[str, Tensor], list[int]]:
+    """Losses of three updates, the weights afterwards, and how many batches this rank's packs are."""
+    settings = tuning_programs.config(folder, stage, "full", model={"attention": "eager"})
+    engine = TrainEngine(load_causal_lm(settings.model), own, settings)
+    reports = tuning_programs.learn(engine, own, range(3), rows_per_pack=4)
+    packs = [pack for step in range(3) for pack in engine_programs.deal(engine_programs.batch(step), own, 4)]
+    counts = [len(similar([len(part) for part in _rows(positions)])) for _, positions in packs]
+    return [report["loss"] for report in reports], engine_programs.weights(engine), counts
+
+
+def _rows(positions: Tensor) -> list[Tensor]:
+    starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+    return [positions[start:end] for start, end in pairwise(starts)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_ranks_with_sharded_weights_run_equally_many_batches(tmp_path: Path, two_ranks: Ranks) -> None:
+    """Else one would wait for the other for ever. And they learn what one rank alone does."""
+    folder = tiny_models.write(tmp_path, "bloom")
+    one, other = two_ranks.run(learn, folder, 3)
+    assert one[2] != other[2], "the ranks have as many batches anyhow"
+    plain = two_ranks.run(learn, folder, 1)[0]
+    assert one[0] == pytest.approx(plain[0], rel=1e-5)
+    for name, weight in plain[1].items():
+        torch.testing.assert_close(one[1][name], weight, rtol=1e-4, atol=1e-5)
