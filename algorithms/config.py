@@ -234,7 +234,8 @@ class LearningConfig(_Frozen):
     )
     evaluate_every: PositiveInt | None = Field(None, description="Updates between evaluations; none: only at the end.")
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="Evaluations without improvement after which training stops; none: never."
+        None, description="Evaluations without improvement after which training stops; none: never. Where it is set, "
+        "the best checkpoint is kept and its model exported, too."
     )
 
     @property

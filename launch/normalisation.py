@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from actors.learner import LearnerActor
 from actors.source import SourceActor
 from cluster.group import Ref
 from launch.config import LearnerRunConfig, RewardModelRunConfig
+from launch.errors import CheckpointError
 from launch.paths import resolve_data
 from launch.roles import SupervisedRoles
 from launch.rundir import RunDir
@@ -42,12 +44,33 @@ async def export_learner(
     Raises:
         ClusterError: the learner failed.
     """
+    await _export(config, roles, measured, run_dir.model, run_dir.path / NORMALISATION_FILE)
+    if config.learner.tuning.has_adapter:
+        await roles.learner.call(LearnerActor.export_adapter, run_dir.adapter)
+
+
+async def export_best(
+    config: LearnerRunConfig, roles: SupervisedRoles, measured: Ref | None, checkpoint: Path, run_dir: RunDir
+) -> None:
+    """Export the model of the best checkpoint as ``export_learner`` does; the learner has its weights from then on.
+
+    Raises:
+        CheckpointError: somebody has removed the checkpoint.
+        ClusterError: the learner failed.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}, the best checkpoint, is gone, so that its model cannot be exported")
+    await roles.learner.call(LearnerActor.load, checkpoint / "learner")
+    await _export(config, roles, measured, run_dir.best, run_dir.path / f"best_{NORMALISATION_FILE}")
+
+
+async def _export(
+    config: LearnerRunConfig, roles: SupervisedRoles, measured: Ref | None, place: Path, told: Path
+) -> None:
     mapped = None
     if measured is not None and isinstance(config, RewardModelRunConfig) and config.normalise is not None:
         unit_std = config.normalise.by == "policy_samples"
         mapped = (await roles.learner.call(LearnerActor.measure_scores, measured, unit_std))[0]
         text = json.dumps({"by": config.normalise.by, **asdict(mapped)}, indent=2)
-        (run_dir.path / NORMALISATION_FILE).write_text(text + "\n")
-    await roles.learner.call(LearnerActor.export, run_dir.model, mapped)
-    if config.learner.tuning.has_adapter:
-        await roles.learner.call(LearnerActor.export_adapter, run_dir.adapter)
+        told.write_text(text + "\n")
+    await roles.learner.call(LearnerActor.export, place, mapped)

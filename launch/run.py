@@ -19,7 +19,7 @@ from launch.config import LearnerRunConfig, OnlineRunConfig, ReferredRunConfig, 
 from launch.data_rules import require_usable
 from launch.errors import CheckpointError
 from launch.metrics import MetricsWriter
-from launch.normalisation import draw_measured, export_learner
+from launch.normalisation import draw_measured, export_best, export_learner
 from launch.online import OnlineDriver
 from launch.online_state import OnlineState
 from launch.progress import Progress
@@ -109,6 +109,8 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
             stopped = await SupervisedDriver(config, roles, description, state, recorder, stop, run_dir.path).run()
         if not stopped:
             await export_learner(config, roles, measured, run_dir)
+            if state.best is not None:
+                await export_best(config, roles, measured, store.of(state.best), run_dir)
     return RunResult(run_dir.path, state.update, stopped)
 
 

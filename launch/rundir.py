@@ -9,7 +9,7 @@
     model/          the trained model in Hugging Face form, at the end; adapters are merged into it
     reliability.svg a reward model's accuracy by its confidence, on held-out comparisons
     normalisation.json  what a reward model's scores were multiplied by and what was added, and why
-    best/           the model of the best checkpoint, at the end
+    best/           the model of the best checkpoint, at the end (best_normalisation.json: of that one)
     ema/            the moving average of the policy, where policy.ema_decay is set
     adapter/        the adapter alone, as PEFT loads it, where the model was tuned by one
 

@@ -31,6 +31,7 @@ class SupervisedProgress:
     fingerprint: str
     best_loss: float | None = None
     evaluations_since_best: int = 0
+    best_update: int | None = None
     models: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +74,14 @@ class SupervisedState:
         converged = patience is not None and self._progress.evaluations_since_best >= patience
         return self.update >= self.num_updates or converged
 
+    @property
+    def best(self) -> int | None:
+        """Where training may stop early, the update after which held-out loss was least; none where that is the start.
+
+        Its checkpoint is kept.
+        """
+        return None if self._config.algorithm.early_stopping_patience is None else self._progress.best_update or None
+
     def advance(self, next_cursor: str) -> None:
         """One more update is done."""
         self._progress.update += 1
@@ -82,6 +91,7 @@ class SupervisedState:
         """Take note of a held-out loss."""
         if self._progress.best_loss is None or loss < self._progress.best_loss:
             self._progress.best_loss, self._progress.evaluations_since_best = loss, 0
+            self._progress.best_update = self.update
         else:
             self._progress.evaluations_since_best += 1
 
@@ -97,13 +107,13 @@ class SupervisedState:
 
     def checkpoint_due(self) -> bool:
         """A checkpoint belongs after the update that was last done."""
-        return self._due(self._config.run.checkpoint_every) or self.finished
+        return self._due(self._config.run.checkpoint_every) or self.finished or self.best == self.update
 
     def _due(self, period: int | None) -> bool:
         return self.update >= self.num_updates or bool(period and self.update and self.update % period == 0)
 
     async def save(self, roles: SupervisedRoles) -> None:
         """Write a checkpoint: the learner's ranks their states, this process its progress."""
-        with self._store.writing(self.update) as folder:
+        with self._store.writing(self.update, best=self.best) as folder:
             await roles.learner.call(LearnerActor.save, folder / "learner")
             (folder / STATE_FILE).write_text(json.dumps(asdict(self._progress)))

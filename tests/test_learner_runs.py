@@ -12,13 +12,15 @@ from tests.running import ROOT, Troupe, check_done, rows, stop
 
 pytestmark = pytest.mark.timeout(600)
 
+STOPS_EARLY = ("algorithm.evaluate_every=2", "algorithm.early_stopping_patience=2")
+
 
 @pytest.mark.parametrize(
     ("stage", "words", "metric"),
     [
         (
             "pretrain",
-            ["data.documents=packed", "data.heldout_fraction=0.1", "learner.zero.stage=3"],
+            ["data.documents=packed", "data.heldout_fraction=0.1", "learner.zero.stage=3", *STOPS_EARLY],
             "heldout/perplexity",
         ),
         ("reward", ["normalise=demonstrations"], "heldout/accuracy"),
@@ -30,6 +32,7 @@ def test_a_supervised_stage(troupe: Troupe, home: Path, stage: str, words: list[
     run = home / "runs" / stage
     assert metric in rows(run)[-1]
     assert (run / "model" / "model.safetensors").exists()
+    assert (run / "best" / "model.safetensors").exists() == (stage == "pretrain")
     assert (run / "normalisation.json").exists() == (stage == "reward")
     assert (run / "logs" / "learner-1.log").exists()
 
@@ -53,6 +56,14 @@ def test_a_reference_is_gone_before_the_learner_comes(troupe: Troupe, home: Path
         step = next(row for row in rows(home / "runs" / name) if "learner/loss" in row)
         assert step["learner/loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert step["learner/reward_margin"] == pytest.approx(0, abs=1e-6)
+    # It does not go on compared with another.
+    others = ("learner.model.path=runs/demo-pretrain/model", "run.num_iterations=2", "--resume")
+    refused = troupe("train", str(ROOT / "examples" / "dpo.yaml"), "run.name=second", words[1], words[2], *others)
+    assert refused.returncode == 1
+    told = " ".join(refused.stderr.split())
+    assert "the reference is not the one that" in told
+    assert "step-00000001 was made with: what is at learner.model.path (" in told
+    assert "resume with another run.num_iterations: 1 -> 2" in told
 
 
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, home: Path) -> None:

@@ -27,6 +27,22 @@ def test_early_stopping_waits_for_its_patience(tmp_path: Path) -> None:
         assert training.finished is finished
 
 
+def test_the_best_is_kept_where_training_may_stop_early(tmp_path: Path) -> None:
+    """Its checkpoint is due at once. The start is no best: it has none."""
+    training = state(tmp_path, "algorithm.early_stopping_patience=9")
+    found = []
+    for loss in (2.0, 1.5, 1.6, 1.2, 1.3):
+        training.evaluated(loss)
+        found.append((training.best, training.checkpoint_due()))
+        for _ in range(3):
+            training.advance("{}")
+    assert found == [(None, False), (3, True), (3, False), (9, True), (9, False)]
+    without = state(tmp_path)
+    without.advance("{}")
+    without.evaluated(1.0)
+    assert without.best is None and not without.checkpoint_due()
+
+
 def test_without_patience_only_the_end_ends(tmp_path: Path) -> None:
     training = state(tmp_path, num_updates=2)
     for _ in range(5):
