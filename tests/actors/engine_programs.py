@@ -21,7 +21,8 @@ Sequences = list[list[int]]
 
 def config(folder: Path, stage: int, **changes: Any) -> TrainedRoleConfig:
     dtype = changes.pop("dtype", "float32")
-    optimizer = {"learning_rate": 1e-2, "max_grad_norm": 0.5} | changes.pop("optimizer", {})
+    # Weights without a gradient but for rounding (keys' biases) are to stay where they are.
+    optimizer = {"learning_rate": 1e-2, "max_grad_norm": 0.5, "eps": 1e-5} | changes.pop("optimizer", {})
     zero = ZeroConfig(stage=stage, **changes.pop("zero", {}))
     return TrainedRoleConfig(
         model=ModelConfig(path=str(folder), dtype=dtype), zero=zero, optimizer=OptimizerConfig(**optimizer), **changes

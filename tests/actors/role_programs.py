@@ -41,7 +41,7 @@ def trained(folder: Path, stage: int, rate: float = 1e-3, **model: Any) -> dict[
     return {
         "model": ModelConfig(path=str(folder), **({"dtype": "float32"} | model)),
         "zero": ZeroConfig(stage=stage),
-        "optimizer": OptimizerConfig(learning_rate=rate),
+        "optimizer": OptimizerConfig(learning_rate=rate, eps=1e-5),
         "max_tokens_per_pack": PACK,
     }
 

@@ -37,7 +37,7 @@ def config(folder: Path, stage: int, method: str = "lora", **changes: Any) -> Tr
     return TrainedRoleConfig(
         model=ModelConfig(path=str(folder), dtype=changes.pop("dtype", "float32"), **changes.pop("model", {})),
         zero=ZeroConfig(stage=stage, **changes.pop("zero", {})),
-        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5),
+        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.5, eps=1e-5),
         tuning=TuningConfig(**tuning),
         **changes,
     )
