@@ -149,9 +149,15 @@ def test_nll_is_added(name: str, qwen: Path, alone: list[float], other: tuple[li
     assert metrics["chosen_nll"].item() == pytest.approx(nll, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in AT_FIRST), ("dpo", "bfloat16")])
-def test_at_first_policy_and_reference_are_equal(name: str, dtype: str, qwen: Path, tmp_path: Path) -> None:
-    actor = programs.learner(context(), qwen, config(name), rate=SMALL_STEP, dtype=dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype", "lora"),
+    [*((name, "float32", False) for name in AT_FIRST), ("dpo", "bfloat16", False), ("dpo", "bfloat16", True)],
+)
+def test_at_first_policy_and_reference_are_equal(
+    name: str, dtype: str, lora: bool, qwen: Path, tmp_path: Path
+) -> None:
+    rate = 1e-2 if lora else SMALL_STEP
+    actor = programs.learner(context(), qwen, config(name), rate=rate, dtype=dtype, lora=lora)
     column, info = actor.score_reference(pairs())
     assert info.num_rows == 2 * NUM_PAIRS
     assert info.num_tokens == sum(map(len, pairs().column("tokens").to_pylist()))
