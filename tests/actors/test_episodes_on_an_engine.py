@@ -124,7 +124,9 @@ async def test_prompts_of_faulty_episodes_are_left_out(engine: RolloutActor, mon
     assert episodes is not None
     from tests.actors.games import Faulty
 
-    monkeypatch.setattr(episodes, "_make", lambda: Faulty("raised", everywhere=True))
+    options = {"how": "raised", "everywhere": True}
+    monkeypatch.setattr(episodes, "_make", Faulty)
+    monkeypatch.setattr(episodes, "_config", episodes._config.model_copy(update={"options": options}))
     batch, info = await engine.generate(rollouts.prompts([4, 5]), [0, 1])
     assert batch.num_rows == 0 and info.prompt_ids == () and info.num_samples == 0
     assert info.dropped == {0: "environment raised", 1: "environment raised"}
