@@ -45,7 +45,10 @@ def settings(folder: Path, method: str, tuning: str, stage: int) -> dict[str, An
 
 
 def run(own: RankContext, folder: Path, method: str, tuning: str, stage: int, scratch: Path) -> list[dict[str, float]]:
-    """Metrics of the first update, of the last one, and of what was held out or was trained on once more."""
+    """Metrics of the first update, of the last one, and afterwards. The first and the third have the same loss.
+
+    It is that of a batch that is held out or was trained on; of the policy it is -sum(log-prob x advantage).
+    """
     arguments = settings(folder, method, tuning, stage)
     match method:
         case "policy":
@@ -77,15 +80,16 @@ def _learner(own: RankContext, config: TrainedRoleConfig, method: str, scratch: 
 def _policy(own: RankContext, config: PolicyConfig) -> list[dict[str, float]]:
     actor = PolicyActor(own, config, OnlineConfig(num_epochs=1, num_minibatches=1), _sampling(), 3, NUM_UPDATES)
     rollouts = [batches.rollout(8, seed=1)]
-    reports = []
-    for iteration in range(NUM_UPDATES):
+    reports, losses = [], []
+    for iteration in range(NUM_UPDATES + 1):
         logprobs = _gathered(actor.score(rollouts)[0].column(1).to_pylist(), own)
-        credit = batches.credit(rollouts, logprobs)
-        reports.append(dict(actor.train(iteration, rollouts, [credit]).metrics))
-    after = _gathered(actor.score(rollouts)[0].column(1).to_pylist(), own)
-    advantages = credit.column("advantages").to_pylist()
-    pairs = [pair for row in zip(after, advantages, strict=True) for pair in zip(*row, strict=True)]
-    return [reports[0], reports[-1], {"loss": -sum(logprob * advantage for logprob, advantage in pairs)}]
+        credit = batches.credit(rollouts, logprobs)  # the same advantages every time
+        rows = zip(logprobs, credit.column("advantages").to_pylist(), strict=True)
+        losses.append(-sum(logprob * advantage for row in rows for logprob, advantage in zip(*row, strict=True)))
+        if iteration < NUM_UPDATES:
+            reports.append(dict(actor.train(iteration, rollouts, [credit]).metrics))
+    # The loss that is reported is at ratios of 1, where it is the advantages' mean whatever was learnt.
+    return [reports[0] | {"loss": losses[0]}, reports[-1], {"loss": losses[-1]}]
 
 
 def _critic(own: RankContext, config: CriticConfig) -> list[dict[str, float]]:
