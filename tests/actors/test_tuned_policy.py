@@ -80,7 +80,9 @@ async def give(engine: RolloutActor, sent: tuple[list[WeightBucket], WeightManif
     return manifest.num_bytes
 
 
-async def test_engines_run_the_adapter_itself(folder: Path, one_rank: Ranks, two_ranks: Ranks) -> None:
+async def test_engines_run_the_adapter_itself(
+    folder: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
     """The frozen weights come once, or when they change; then the adapter alone, and is never a stale one.
 
     Each time the engine samples from the trained policy, and from no other.
@@ -106,6 +108,7 @@ async def test_engines_run_the_adapter_itself(folder: Path, one_rank: Ranks, two
                 assert (worst(own, drawn) < TOLERANCE) == right
         assert sizes[1] < sizes[0] / 4
         await _requests_under_way_go_on(engine, folder, one_rank)
+        await _an_exported_adapter_is_loaded_by_vllm_itself(engine, folder, one_rank, tmp_path)
         await _an_adapter_of_unknown_layers_is_refused(engine, folder, one_rank)
     finally:
         await engine.shutdown()
@@ -133,6 +136,20 @@ async def _requests_under_way_go_on(engine: RolloutActor, folder: Path, one_rank
             if drawer == version
         ]
         assert gaps and max(gaps) < TOLERANCE
+
+
+async def _an_exported_adapter_is_loaded_by_vllm_itself(
+    engine: RolloutActor, folder: Path, one_rank: Ranks, exported: Path
+) -> None:
+    """From the folder ``adapter/``, over the base, in place of the adapter that was sent: as the merged model."""
+    from vllm.lora.request import LoRARequest
+
+    changes = {"lora": {"use_rslora": True}}
+    one_rank.run(programs.export, folder, 1, "lora", exported, changes)
+    engine._engine._adapter = LoRARequest("exported", 2, str(exported / "adapter"))
+    sampled, _ = await engine.generate(rollouts.prompts([3, 20, 9], first_id=90), [0, 1, 2])
+    assert rollouts.worst(rollouts.network(exported / "merged"), sampled) < TOLERANCE
+    assert rollouts.worst(rollouts.network(folder), sampled) > 10 * TOLERANCE
 
 
 async def _an_adapter_of_unknown_layers_is_refused(engine: RolloutActor, folder: Path, one_rank: Ranks) -> None:
