@@ -19,7 +19,6 @@ SIZES = Sizes(pretrain=400, sft=240, preferences=160, prompts=200, heldout=20)
 LONG = (
     "test_runs.py",
     "test_learner_runs.py",
-    "test_reward_runs.py",
     "test_tuned_runs.py",
     "test_job_submit.py",
     "test_tuning.py",

@@ -34,7 +34,7 @@ ON_TOP_OF = re.compile(r"# on top of (\S+\.yaml)\n")
 #: What the engine adds to the metrics of every loss.
 OF_EVERY_UPDATE = {"loss", "grad_norm", "learning_rate", "tokens_per_second"}
 #: Names with an underscore that are neither keys nor their values.
-OTHER_NAMES = {"troupe_score_bias", "from_pretrained", "kl_coefficient", "next_token_loss"}
+OTHER_NAMES = {"troupe_score_bias", "pad_token_id", "from_pretrained", "kl_coefficient", "next_token_loss"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -96,6 +96,7 @@ def total(steps: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(row.get(name, 0.0) for row in steps)
 
 
+@pytest.mark.slow
 def test_checker_and_functions_as_rewards(troupe: Troupe, home: Path) -> None:
     """Two iterations take 12 good prompts; an epoch has 10, and one of each fault: each is drawn once or twice."""
     faulty = dict(enumerate(FAULTS, start=3))

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -156,17 +157,17 @@ async def test_with_the_run_its_programs_end(tmp_path: Path, monkeypatch: pytest
     assert (await running).outcome == "stopped"
 
 
-async def test_who_holds_on_to_the_output_is_not_waited_for(tmp_path: Path) -> None:
+async def test_who_holds_on_to_the_output_is_not_waited_for() -> None:
     """Where it can reach others it may hand its standard output on."""
     sandbox = started("limits")
-    path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as server:
+    # Not pytest's folder: others than its user may not enter those above it.
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+        os.chmod(folder, 0o755)
+        path = f"{folder}/socket"
         server.bind(path)
         os.chmod(path, 0o777)
         server.listen()
         gives = f"s = socket.socket(socket.AF_UNIX); s.connect({path!r}); socket.send_fds(s, [b'x'], [1])"
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)  # of pytest's own folders
         run = await asyncio.wait_for(sandbox.run(f"import socket, time; {gives}; time.sleep(12)"), 8)
         assert run.outcome == "timed_out"
         held = socket.recv_fds(server.accept()[0], 1, 1)[1]
