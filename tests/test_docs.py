@@ -71,7 +71,7 @@ def script_commands() -> list[str]:
 def test_command_lines_of_scripts_are_understood() -> None:
     """All in one process, which reads them as the scripts would and stops there: loading the engines takes seconds."""
     program = """
-import argparse, importlib, sys
+import argparse, importlib, shlex, sys
 
 class Understood(Exception):
     pass
@@ -85,7 +85,7 @@ def parse_args(self, *given):
 argparse.ArgumentParser.parse_args = parse_args
 for line in sys.stdin.read().splitlines():
     print("python -m", line, file=sys.stderr)
-    module, *sys.argv[1:] = line.split()
+    module, *sys.argv[1:] = shlex.split(line)
     try:
         importlib.import_module(module).main()
     except Understood:

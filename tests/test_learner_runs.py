@@ -66,6 +66,7 @@ def test_a_reference_is_gone_before_the_learner_comes(troupe: Troupe, home: Path
     assert "resume with another run.num_iterations: 1 -> 2" in told
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(troupe: Troupe, home: Path) -> None:
     config = str(ROOT / "examples" / "sft.yaml")
     model = "learner.model.path=runs/demo-sft/model"

@@ -114,6 +114,7 @@ def check_model(folder: Path) -> None:
     assert loaded.stdout.split() == ["LlamaForCausalLM", "<eos>"]
 
 
+@pytest.mark.slow
 def test_generation_ahead_of_training_stays_within_its_bound_and_stops_when_asked(home: Path) -> None:
     corrected = "algorithm.correction.method=truncated"
     ahead = ("online.max_staleness=1", corrected, "algorithm.critic_warmup_iterations=0")
