@@ -88,10 +88,12 @@ class Labelling:
         ahead, recomputes = config.online.max_staleness > 0, config.algorithm.recomputes_logprobs
         # Recomputed log-probs are of the policy as it is when training on a batch begins, and so is a moving average.
         # Where nothing runs ahead that is now; else it is when the batch is taken: asked now, the policy would answer
-        # before or after an update that is under way, as it happens, and not the same for all slices.
+        # before or after an update that is under way, as it happens, and not the same for all slices. A frozen base
+        # would answer the same at any time, but not its ranks, which may be in the midst of a publication: under
+        # ZeRO-3 one rank would gather weights for the one, and another for the other.
         self._recomputes_late = recomputes and ahead
         self._recomputes_now = recomputes and not ahead
-        self._refers_late = config.policy.ema_is_reference and ahead
+        self._refers_late = config.policy_is_reference and ahead
 
     async def label(self, generated: Generated, *, drop_flat: bool) -> Labelled:
         """Every column of a slice, without prompts that a reward failed on.
