@@ -21,11 +21,12 @@ from actors.rewards.rows import kept_columns
 from actors.source import BatchInfo, SourceActor
 from experience.schema import PROMPTS, SCORES, make_batch
 from experience.table import open_table
-from launch import online
 from launch.configfile import load
 from launch.evaluation_state import Best, EvaluationState
 from launch.online_state import OnlineState
-from tests.launch.test_online_driver import ROOT, Engine, Group, Policy, Run, Source
+from tests.launch.test_online_driver import ROOT, Engine, Group, Policy, Run, Source, nothing_travels
+
+__all__ = ["nothing_travels"]
 
 #: What the reward says of the weights of each version, held-out prompts and others alike.
 WORTH = {0: 0.25, 1: 2.0, 2: 1.0, 3: 1.5}
@@ -136,15 +137,6 @@ class EvaluatedRun(Run):
 
 def checkpoints(run: Run) -> list[str]:
     return sorted(folder.name for folder in run.run_dir.checkpoints.glob("step-*"))
-
-
-@pytest.fixture(autouse=True)
-def nothing_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def publish(policy: Any, rollout: Any, *, version: int, bucket_bytes: int) -> int:
-        rollout.role.version = version
-        return 0
-
-    monkeypatch.setattr(online, "publish_weights", publish)
 
 
 async def test_evaluates_at_intervals_with_the_same_prompts_and_training_does_not_notice(tmp_path: Path) -> None:
