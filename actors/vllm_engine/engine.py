@@ -21,7 +21,6 @@ from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -29,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.config import MAX_ADAPTER_RANK, ModelConfig, RolloutConfig, SamplingConfig
 from actors.errors import EngineDead, RolloutError
+from actors.vllm_engine.requests import Requests
 from actors.vllm_engine.worker import ADAPTER_ID, SHARED_MEMORY_BACKEND, WorkerExtension
 from actors.weight_channels import Transfer
 
@@ -70,8 +70,7 @@ class Engine:
             raise RolloutError(_why_not_started(args, error)) from error
         # The worker has the adapter before it is asked for, so nothing is read from its path.
         self._adapter = LoRARequest("policy", ADAPTER_ID, "sent by the policy") if args.enable_lora else None
-        self._dead: str | None = None
-        self._answering: set[asyncio.Task[Any]] = set()
+        self._requests = Requests()
         self.is_open = False
 
     @property
@@ -86,28 +85,11 @@ class Engine:
             EngineDead: the engine is, or died over it.
             RolloutError: vLLM does not take this prompt; the engine lives on.
         """
-        self._require_alive()
-        task = asyncio.current_task()
-        assert task is not None, "a coroutine runs in a task"
-        self._answering.add(task)
-        final = None
-        try:
-            inputs = {"prompt_token_ids": prompt}
-            async for output in self._llm.generate(inputs, params, request_id, lora_request=self._adapter):
-                final = output
-        except EngineDeadError as error:
-            self._dead = self._dead or f"its process died: {error}"
-            raise EngineDead(f"the engine is dead: {self._dead}") from error
-        except VLLMClientError as error:
-            raise RolloutError(f"vLLM does not take the prompt: {error}") from error
-        except asyncio.CancelledError:
-            self._require_alive()
-            raise
-        finally:
-            self._answering.discard(task)
-        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
-            reason = "without an output" if final is None else f"as {final.outputs[0].finish_reason}"
-            raise EngineDead(f"request {request_id} ended {reason}; the engine was shut down, or is broken")
+        inputs = {"prompt_token_ids": prompt}
+        outputs = self._llm.generate(inputs, params, request_id, lora_request=self._adapter)
+        final = await self._requests.last_of(outputs, "prompt")
+        if (reason := final.outputs[0].finish_reason) not in ("stop", "length"):
+            raise EngineDead(f"request {request_id} ended as {reason}; the engine was shut down, or is broken")
         output = final.outputs[0]
         spans = [(int(span.version), span.start, span.end) for span in output.weight_versions or ()]
         cached = final.num_cached_tokens or 0
@@ -142,25 +124,22 @@ class Engine:
 
     def fail_update(self, why: str) -> None:
         """Give the engine up: with part of its weights replaced it must not run again. Its requests fail."""
-        self._dead = self._dead or why
-        logger.error("the engine is dead: %s", self._dead)
-        self.shutdown()
+        self._requests.end(why)
+        logger.error("%s", self._requests.death())
+        self._llm.shutdown()
 
     def shutdown(self) -> None:
         """End the engine's processes. Requests under way fail."""
-        self._dead = self._dead or "it was shut down"
+        self._requests.end("it was shut down")
         self._llm.shutdown()
-        # vLLM would leave them waiting for ever.
-        for task in self._answering:
-            task.cancel()
 
     async def _guarded(self, step: Callable[[], Awaitable[object]]) -> None:
-        self._require_alive()
+        self._requests.require_alive()
         try:
             await self._while_alive(step)
         except Exception as error:
             self.fail_update(f"an update of its weights failed: {error}")
-            raise EngineDead(f"the engine is dead: {self._dead}") from error
+            raise self._requests.death() from error
 
     async def _while_alive(self, step: Callable[[], Awaitable[object]]) -> None:
         """Await a call into the engine's process: one whose process dies meanwhile vLLM 0.32 never answers."""
@@ -173,10 +152,6 @@ class Engine:
             call.result()
         finally:
             call.cancel()
-
-    def _require_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDead(f"the engine is dead: {self._dead}")
 
 
 def engine_args(

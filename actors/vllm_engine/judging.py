@@ -11,14 +11,13 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
-from actors.errors import EngineDead, RolloutError
+from actors.errors import RolloutError
 from actors.rewards.config import JudgeRewardConfig
 from actors.vllm_engine.engine import CPU_KV_CACHE_BYTES
+from actors.vllm_engine.requests import Requests
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class JudgeEngine:
         """
         self._seed = seed
         self._num_asked = 0
+        self._requests = Requests()
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(config, on_gpu=on_gpu, seed=seed))
         except Exception as error:
@@ -50,7 +50,7 @@ class JudgeEngine:
         """Log-probs of ``tokens`` to be the first of the answer, over the whole vocabulary.
 
         Raises:
-            EngineDead: the engine died.
+            EngineDead: the engine is, or died over it.
             RolloutError: vLLM does not take the question.
         """
         params = SamplingParams(
@@ -80,24 +80,15 @@ class JudgeEngine:
         return Judgement((await self._answered(question, params)).text, {})
 
     def shutdown(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes. Questions under way fail."""
+        self._requests.end("it was shut down")
         self._llm.shutdown()
 
     async def _answered(self, question: Sequence[int], params: SamplingParams) -> Any:
         self._num_asked += 1
-        final = None
-        try:
-            async for output in self._llm.generate(
-                {"prompt_token_ids": list(question)}, params, f"judge-{self._num_asked}"
-            ):
-                final = output
-        except EngineDeadError as error:
-            raise EngineDead(f"the judge's engine is dead: its process died: {error}") from error
-        except VLLMClientError as error:
-            raise RolloutError(f"vLLM does not take the question: {error}") from error
-        if final is None:
-            raise EngineDead("the judge's engine gave no output; it was shut down, or is broken")
-        return final.outputs[0]
+        inputs = {"prompt_token_ids": list(question)}
+        outputs = self._llm.generate(inputs, params, f"judge-{self._num_asked}")
+        return (await self._requests.last_of(outputs, "question")).outputs[0]
 
 
 def _engine_args(config: JudgeRewardConfig, *, on_gpu: bool, seed: int) -> AsyncEngineArgs:

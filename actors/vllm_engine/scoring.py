@@ -16,14 +16,13 @@ from vllm import PoolingParams
 from vllm.config import ModelConfig as VLLMModelConfig
 from vllm.config import ParallelConfig, PoolerConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.config import ModelConfig
-from actors.errors import EngineDead, ModelError, RolloutError
+from actors.errors import ModelError, RolloutError
 from actors.vllm_engine.engine import CPU_KV_CACHE_BYTES
+from actors.vllm_engine.requests import Requests
 
 #: Samples that one step of the engine takes at most.
 _MAX_SEQUENCES = 256
@@ -73,8 +72,7 @@ class ScoringEngine:
             ) from error
         self._params = PoolingParams(task="classify", use_activation=False)
         self._num_asked = 0
-        self._dead: str | None = None
-        self._answering: set[asyncio.Task[Any]] = set()
+        self._requests = Requests()
 
     async def score(self, row: Sequence[int]) -> float:
         """The head's output at the row's last token.
@@ -83,31 +81,14 @@ class ScoringEngine:
             EngineDead: the engine is, or died over it.
             RolloutError: vLLM does not take this row; the engine lives on.
         """
-        self._require_alive()
+        self._requests.require_alive()
         # vLLM lets pass what its tokenizer knows and the model does not, and dies of it.
         if not 0 <= min(row) <= max(row) < self._vocabulary:
             raise RolloutError(f"tokens from {min(row)} to {max(row)}; the model knows 0 to {self._vocabulary - 1}")
-        task = asyncio.current_task()
-        assert task is not None, "a coroutine runs in a task"
-        self._answering.add(task)
         self._num_asked += 1
-        final = None
-        try:
-            inputs = {"prompt_token_ids": list(row)}
-            async for output in self._llm.encode(inputs, self._params, f"score-{self._num_asked}"):
-                final = output
-        except EngineDeadError as error:
-            self._dead = self._dead or f"its process died: {error}"
-            raise EngineDead(f"the engine is dead: {self._dead}") from error
-        except VLLMClientError as error:
-            raise RolloutError(f"vLLM does not take the sample: {error}") from error
-        except asyncio.CancelledError:
-            self._require_alive()
-            raise
-        finally:
-            self._answering.discard(task)
-        if final is None:
-            raise EngineDead("the engine gave no output; it was shut down, or is broken")
+        inputs = {"prompt_token_ids": list(row)}
+        outputs = self._llm.encode(inputs, self._params, f"score-{self._num_asked}")
+        final = await self._requests.last_of(outputs, "sample")
         if final.error is not None:
             raise RolloutError(f"vLLM could not score the sample: {final.error.message}")
         return float(final.outputs.data.item())
@@ -120,23 +101,13 @@ class ScoringEngine:
         """
         while not self._llm.errored:
             await asyncio.sleep(_DEATH_POLL_S)
-        self._end("its process died")
-        raise EngineDead(f"the engine is dead: {self._dead}")
+        self._requests.end("its process died")
+        raise self._requests.death()
 
     def shutdown(self) -> None:
         """End the engine's processes. Rows under way fail."""
-        self._end("it was shut down")
+        self._requests.end("it was shut down")
         self._llm.shutdown()
-
-    def _end(self, why: str) -> None:
-        self._dead = self._dead or why
-        # vLLM leaves some of them waiting for ever.
-        for task in self._answering:
-            task.cancel()
-
-    def _require_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDead(f"the engine is dead: {self._dead}")
 
 
 def _engine_args(config: ModelConfig, *, on_gpu: bool, max_tokens: int) -> AsyncEngineArgs:
