@@ -180,16 +180,23 @@ def start_of(way: str) -> str:
 
 
 def report(way: str, outcomes: list[Outcome], before: float) -> None:
-    """Print one line: accuracy before, mean and spread after; means of the rest; what is not as it is to be."""
+    """Print one line: mean over seeds and, where there are several, least and most; and what is not as it is to be."""
     right = [100 * outcome.accuracy for outcome in outcomes]
-    spread = f"{min(right):.1f} to {max(right):.1f}"
-    score, kl, cpu_s = (
-        statistics.mean(values) for values in zip(*((o.score, o.kl, o.cpu_s) for o in outcomes), strict=True)
+    columns = (
+        spread_of(right, 1),
+        spread_of([outcome.score for outcome in outcomes], 2),
+        spread_of([outcome.kl for outcome in outcomes], 2),
+        spread_of([outcome.cpu_s for outcome in outcomes], 0),
     )
     rise, least = min(right) - 100 * before, RISE_POINTS.get(way, 0)
     fault = f"  rose by less than {least} points" if rise < least else ""
-    numbers = f"{100 * before:.1f} | {statistics.mean(right):.1f} | {spread} | {score:.2f} | {kl:.2f} | {cpu_s:.0f}"
-    print(f"| {way} | {numbers} |{fault}", flush=True)
+    print(f"| {way} | {100 * before:.1f} | {' | '.join(columns)} |{fault}", flush=True)
+
+
+def spread_of(values: list[float], num_digits: int) -> str:
+    """``mean (least to most)``."""
+    mean, least, most = (f"{value:.{num_digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})" if len(values) > 1 else mean
 
 
 def compare(home: Path, seeds: list[int], ways: list[str]) -> None:
@@ -202,8 +209,8 @@ def compare(home: Path, seeds: list[int], ways: list[str]) -> None:
         for start in {start_of(way) for way in ways}
     }
     print(f"{len(prompts)} held-out prompts\n")
-    print("| algorithm | right before, % | after | least to most | score | KL, nats | CPU s |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| algorithm | right before, % | after | score | KL, nats | CPU s |")
+    print("|---|---|---|---|---|---|", flush=True)
     for way in ways:
         report(way, [run(home, way, seed, prompts) for seed in seeds], before[start_of(way)])
 
