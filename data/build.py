@@ -161,7 +161,7 @@ class Builder:
         self._kind: Kind = kind
         self._whole_document = whole_document
         self._keep_ties = keep_ties
-        self._renderer = Renderer(tokenizer, config.apply_chat_template)
+        self._renderer = Renderer(tokenizer, config.apply_chat_template, config.chat_date)
         self._encoder = Encoder(tokenizer)
 
     def build(

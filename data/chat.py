@@ -13,13 +13,16 @@ Invariants:
 - The text in front of a response is exactly what ``prompt`` renders, so that what is trained on is what the rollout
   engines are given. A template that breaks this is refused for the row, never repaired by guess. A template that
   marks the assistant's part itself (``{% generation %}``) is taken at its word in demonstrations.
+- The same turns are the same text on any day: a template that asks for the date is told ``chat_date``.
 - The last response ends in EOS, or in the end-of-turn token that the template writes, and nothing follows it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from typing import Literal
 
 import jinja2
@@ -50,11 +53,18 @@ class Rendered:
 class Renderer:
     """Renders for one tokenizer.
 
+    Args:
+        tokenizer: the model's.
+        apply_chat_template: where it has one, always, or never.
+        chat_date: what a template prints that asks for today's date.
+
     Raises:
         TokenizerError: ``always``, and the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, apply_chat_template: Literal["auto", "always", "never"]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, apply_chat_template: Literal["auto", "always", "never"], chat_date: date
+    ) -> None:
         self._tokenizer = tokenizer
         self._template: str | None = None
         if apply_chat_template == "always" and not tokenizer.chat_template:
@@ -67,6 +77,7 @@ class Renderer:
         self._marked = self._template is not None and _MARKED.search(self._template) is not None
         self._bos = bool(bos_prefix(tokenizer))
         self._special = special_texts(tokenizer)
+        self._clock = clock_stopped_at(chat_date)
 
     def document(self, document: Document) -> Rendered:
         """A document: all of it is to be learnt, EOS too."""
@@ -181,11 +192,21 @@ class Renderer:
                 chat_template=self._template,
                 add_generation_prompt=ask,
                 return_assistant_tokens_mask=marked,
+                strftime_now=self._clock,
                 **self._tokenizer.special_tokens_map,
             )
         except jinja2.TemplateError as error:
             raise RowError(f"the chat template refuses these turns: {error}") from error
         return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]] if marked else []
+
+
+def clock_stopped_at(day: date) -> Callable[[str], str]:
+    """Stands for the ``strftime_now`` that Transformers offers to templates: midnight of one and the same day.
+
+    >>> clock_stopped_at(date(2024, 7, 26))("%d %b %Y, %H:%M")
+    '26 Jul 2024, 00:00'
+    """
+    return datetime.combine(day, time.min).strftime
 
 
 def _not_a_prefix(turn: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -20,6 +21,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 
+#: What the templates of Llama 3.1 and its successors print where they are told no date.
+CHAT_DATE = date(2024, 7, 26)
 #: Margins by rating, Llama 2 (Touvron et al. 2023), appendix, table 27.
 MARGINS: dict[str, dict[str, float]] = {
     "none": {},
@@ -85,6 +88,10 @@ class DataConfig(_Frozen):
     )
     apply_chat_template: Literal["auto", "always", "never"] = Field(
         "auto", description="Wrap prompts in the tokenizer's chat template: where it has one, always, or never."
+    )
+    chat_date: date = Field(
+        CHAT_DATE, description="What chat templates that print today's date print (Llama 3.1 and its successors): a day "
+        "that stays, so that the same files are the same tokens tomorrow."
     )
     learn_from: Literal["response", "everything"] = Field(
         "response", description="SFT: tokens with loss are the responses (assistant turns), or all."

@@ -6,6 +6,7 @@ A test holds the committed file against this, so the page cannot fall behind the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -131,7 +132,7 @@ def _type(annotation: Any) -> str:
         return _type(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", date: "date"}
     return names.get(annotation, str(annotation))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, datetime, tzinfo
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from data.chat import Rendered, Renderer
+from data.config import CHAT_DATE, DataConfig
+from data.dataset import Dataset
 from data.errors import RowError, TokenizerError
 from data.records import Demonstration, Document, Prompt, Turn
 from data.tokenize import Encoder
@@ -36,6 +40,14 @@ ALTERNATING = (
 )
 
 
+#: As Llama 3.1 and its successors begin.
+DATED = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{% endif %}Today Date: {{ date_string }} {{ strftime_now('%H:%M') }}\n" + MARKED
+)
+
+
 def turns(*contents: str, first: str = USER) -> tuple[Turn, ...]:
     order = (USER, BOT) if first == USER else (BOT, USER)
     return tuple(Turn(order[place % 2], content) for place, content in enumerate(contents))
@@ -53,23 +65,27 @@ def learnt(rendered: Rendered) -> list[str]:
 @pytest.fixture(scope="module")
 def of(make_tokenizer: Callable[..., DecodingTokenizer]) -> Callable[..., Renderer]:
     def renderer(
-        template: str | None = None, apply: Literal["auto", "always", "never"] = "auto", **more: Any
+        template: str | None = None,
+        apply: Literal["auto", "always", "never"] = "auto",
+        *,
+        chat_date: date = CHAT_DATE,
+        **more: Any,
     ) -> Renderer:
-        return Renderer(make_tokenizer(template=template, **more), apply)
+        return Renderer(make_tokenizer(template=template, **more), apply, chat_date)
 
     return renderer
 
 
 def test_verbatim_is_concatenation(plain: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
-    renderer = Renderer(plain, "auto")
+    renderer = Renderer(plain, "auto", CHAT_DATE)
     assert renderer.prompt(prompt).text == "the cat"
     rendered = renderer.response(prompt, turns(" sat", first=BOT))
     assert (rendered.text, learnt(rendered), rendered.eos) == ("the cat sat", [" sat"], True)
 
 
 def test_dialogue_without_template(plain: DecodingTokenizer) -> None:
-    renderer = Renderer(plain, "auto")
+    renderer = Renderer(plain, "auto", CHAT_DATE)
     dialogue = (Turn("system", "Be kind."), *turns("a", "b", "c"))
     asked = "Be kind.\n\nHuman: a\n\nAssistant: b</s>\n\nHuman: c\n\nAssistant:"
     assert renderer.prompt(Prompt(dialogue, verbatim=False)).text == asked
@@ -80,7 +96,7 @@ def test_dialogue_without_template(plain: DecodingTokenizer) -> None:
 
 
 def test_template_learns_every_turn_with_its_end(chatml: DecodingTokenizer) -> None:
-    renderer = Renderer(chatml, "auto")
+    renderer = Renderer(chatml, "auto", CHAT_DATE)
     rendered = renderer.demonstration(demonstration("a", "b", "c", "d"))
     assert learnt(rendered) == ["b<|im_end|>", "d<|im_end|>"]
     assert rendered.text.endswith("d<|im_end|>"), "what the template writes behind the last end-of-turn is cut"
@@ -94,7 +110,7 @@ def test_what_is_trained_on_begins_with_what_the_engines_are_given(
     chatml: DecodingTokenizer, plain: DecodingTokenizer
 ) -> None:
     for tokenizer in (chatml, plain):
-        renderer, encoder = Renderer(tokenizer, "auto"), Encoder(tokenizer)
+        renderer, encoder = Renderer(tokenizer, "auto", CHAT_DATE), Encoder(tokenizer)
         for prompt in (Prompt(turns("the cat"), verbatim=True), Prompt(turns("a", "b", "c"), verbatim=False)):
             asked, whole = encoder.encode([renderer.prompt(prompt), renderer.response(prompt, turns(" d", first=BOT))])
             assert whole.tokens[: len(asked.tokens)] == asked.tokens
@@ -136,10 +152,53 @@ def test_template_that_refuses_the_turns_is_named(of: Callable[..., Renderer]) -
 
 def test_never_and_always(of: Callable[..., Renderer], chatml: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
-    assert Renderer(chatml, "never").prompt(prompt).text == "the cat"
-    assert Renderer(chatml, "always").prompt(prompt).text.endswith("<|im_start|>assistant\n")
+    assert Renderer(chatml, "never", CHAT_DATE).prompt(prompt).text == "the cat"
+    assert Renderer(chatml, "always", CHAT_DATE).prompt(prompt).text.endswith("<|im_start|>assistant\n")
     with pytest.raises(TokenizerError, match="has no chat template"):
         of(apply="always")
+
+
+def test_a_template_prints_the_date_that_it_is_given_and_never_todays(of: Callable[..., Renderer]) -> None:
+    """In prompts, responses and demonstrations, marked ones too, so that the same rows are the same tokens tomorrow."""
+    prompt = Prompt(turns("a"), verbatim=False)
+    for renderer, day in (
+        (of(DATED), "26 Jul 2024"),
+        (of(DATED, chat_date=date(2026, 1, 5)), "05 Jan 2026"),
+    ):
+        for rendered in (
+            renderer.prompt(prompt),
+            renderer.response(prompt, turns("b", first=BOT)),
+            renderer.demonstration(demonstration("a", "b", "c", "d")),
+        ):
+            assert rendered.text.startswith(f"Today Date: {day} 00:00\n")
+
+
+def test_the_same_files_are_the_same_rows_on_another_day(
+    make_tokenizer: Callable[..., DecodingTokenizer],
+    jsonl: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = make_tokenizer(template=DATED)
+    path = jsonl(*({"prompt": f"{n} the", "completion": " cat"} for n in range(3)))
+
+    def found(**more: Any) -> set[str]:
+        datas = []
+        for cache_dir in (None, str(tmp_path / "cache")):
+            config = DataConfig(train=path, max_tokens=128, cache_dir=cache_dir, **more)
+            datas.append(Dataset.from_config(config, "examples", tokenizer, seed=0))
+        return {told for data in datas for told in (data.fingerprint(), data.digest())}
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Tomorrow:
+            return cls(2031, 2, 3)
+
+    before = found()
+    assert len(before) == 2
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert found() == before
+    assert found(chat_date="2031-02-03").isdisjoint(before)
 
 
 def test_dialogue_without_eos_is_refused_where_it_is_needed(of: Callable[..., Renderer]) -> None:
@@ -151,7 +210,7 @@ def test_dialogue_without_eos_is_refused_where_it_is_needed(of: Callable[..., Re
 
 def test_response_that_brings_its_own_eos_gets_no_second(plain: DecodingTokenizer) -> None:
     prompt = Prompt(turns("the cat"), verbatim=True)
-    rendered = Renderer(plain, "auto").response(prompt, turns(" sat</s>", first=BOT))
+    rendered = Renderer(plain, "auto", CHAT_DATE).response(prompt, turns(" sat</s>", first=BOT))
     (row,) = Encoder(plain).encode([rendered])
     assert plain.eos_token_id is not None
     assert row.tokens.count(plain.eos_token_id) == 1
@@ -160,7 +219,7 @@ def test_response_that_brings_its_own_eos_gets_no_second(plain: DecodingTokenize
 def test_bos_comes_once_in_front(make_tokenizer: Callable[..., DecodingTokenizer]) -> None:
     tokenizer = make_tokenizer(bos=True)
     assert tokenizer.bos_token_id is not None
-    renderer, encoder = Renderer(tokenizer, "auto"), Encoder(tokenizer)
+    renderer, encoder = Renderer(tokenizer, "auto", CHAT_DATE), Encoder(tokenizer)
     prompt = Prompt(turns("the cat"), verbatim=True)
     rows = encoder.encode(
         [
@@ -175,13 +234,13 @@ def test_bos_comes_once_in_front(make_tokenizer: Callable[..., DecodingTokenizer
         assert row.tokens.count(tokenizer.bos_token_id) == 1
         assert len(row.tokens) == len(row.mask)
     writes_bos = make_tokenizer(bos=True, template="<s>{{ messages[0]['content'] }}")
-    with_template = Renderer(writes_bos, "auto").prompt(prompt)
+    with_template = Renderer(writes_bos, "auto", CHAT_DATE).prompt(prompt)
     assert encoder.encode([with_template])[0].tokens.count(tokenizer.bos_token_id) == 1
 
 
 def test_a_token_across_the_border_is_not_made(plain: DecodingTokenizer) -> None:
     """``th`` + ``e cat`` would be the one token ``the`` if the text were tokenised as a whole."""
-    encoder, renderer = Encoder(plain), Renderer(plain, "auto")
+    encoder, renderer = Encoder(plain), Renderer(plain, "auto", CHAT_DATE)
     (whole,) = encoder.encode([renderer.document(Document("the cat"))])
     prompt = Prompt(turns("th"), verbatim=True)
     asked, apart = encoder.encode([renderer.prompt(prompt), renderer.response(prompt, turns("e cat", first=BOT))])
