@@ -1,8 +1,8 @@
 """One source becomes two tables of sequences: what is trained on, and what is held out.
 
 Invariant: every row read is counted once: ``read == filtered + bad + tied + too_long + train + heldout``. Documents
-that are packed or cut into pieces are never too long, and count as documents, however many sequences they make; a pair
-of responses that is read as feedback counts once.
+that pre-training packs or cuts into pieces are never too long, and count as documents, however many sequences they
+make; a pair of responses that is read as feedback counts once.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class Builder:
         config: formats, limits and what to do with rows that break them.
         kind: what the rows are for.
         tokenizer: the model's.
-        whole_document: pre-training: every row is a document, learnt whole.
+        whole_document: pre-training: every row is a document, learnt whole, and packed or cut as configured. Else a
+            document is one example, and stays a sequence of its own.
         keep_ties: keep comparisons of tied responses that have a ``preference``, which one loss learns from.
 
     Raises:
@@ -211,15 +212,18 @@ class Builder:
                 rendered = [] if record is None else self._render(record)
                 kept = self._kept(row.values) if record is not None and isinstance(row, Row) else "{}"
             except RowError as error:
-                tally.bad += 1
-                if self._config.bad_rows == "refuse":
-                    raise RowError(f"{row.origin}: {error} (data.bad_rows: skip leaves such rows out)") from error
-                tally.leave_out(row.origin, str(error))
+                self._leave_out_bad(row.origin, error, tally)
             else:
                 if record is None:
                     tally.filtered += 1
                 else:
                     yield row.origin, record, rendered, kept
+
+    def _leave_out_bad(self, origin: str, error: RowError, tally: _Tally) -> None:
+        tally.bad += 1
+        if self._config.bad_rows == "refuse":
+            raise RowError(f"{origin}: {error} (data.bad_rows: skip leaves such rows out)") from error
+        tally.leave_out(origin, str(error))
 
     def _record(self, row: Row | BadRow, tally: _Tally) -> Record | None:
         """The row in canonical form; none where the source does not want it."""
@@ -271,10 +275,13 @@ class Builder:
         tally: _Tally,
     ) -> None:
         rows = iter(self._encoder.encode([rendered for _, _, all_of_it, _ in batch for rendered in all_of_it]))
+        cut = self._whole_document and self._config.documents != "separate"
         for origin, record, rendered, kept in batch:
             unit = [next(rows) for _ in rendered]
-            document = self._whole_document or isinstance(record, Document)
-            cut = document and self._config.documents != "separate"
+            if isinstance(record, Comparison) and _indistinct(unit, record.ranks):
+                same = RowError("two responses of different ranks are the same tokens")
+                self._leave_out_bad(origin, same, tally)
+                continue
             if not cut and not (unit := self._fitting(unit, record, origin, tally)):
                 continue
             heldout = bool(fraction) and is_heldout(prompt_key(record), fraction)
@@ -343,7 +350,7 @@ class Builder:
             if not all(row.num_learnt for row in cut):
                 why += ", and no token of a response is within it"
             elif isinstance(record, Comparison) and _indistinct(cut, record.ranks):
-                why += ", and within it two responses of different ranks are the same"
+                why += ", and within it two responses of different ranks are the same tokens"
             else:
                 return cut
         if self._config.too_long == "refuse":

@@ -90,15 +90,16 @@ class DataConfig(_Frozen):
         "auto", description="Wrap prompts in the tokenizer's chat template: where it has one, always, or never."
     )
     chat_date: date = Field(
-        CHAT_DATE, description="What chat templates that print today's date print (Llama 3.1 and its successors): a day "
-        "that stays, so that the same files are the same tokens tomorrow."
+        CHAT_DATE, description="What chat templates print that print today's date (Llama 3.1 and its successors): a "
+        "day that stays, so that the same files are the same tokens tomorrow."
     )
     learn_from: Literal["response", "everything"] = Field(
         "response", description="SFT: tokens with loss are the responses (assistant turns), or all."
     )
     documents: Literal["packed", "pieces", "separate"] = Field(
-        "packed", description="Pre-training: join documents with EOS into sequences of max_tokens that attend across "
-        "borders; or keep documents apart, cutting those over max_tokens into pieces; or keep them apart and whole."
+        "packed", description="Pre-training, and PPO's pretraining_data: join documents with EOS into sequences of "
+        "max_tokens that attend across borders; or keep documents apart, cutting those over max_tokens into pieces; or "
+        "keep them apart and whole. Elsewhere they are kept apart and whole: in SFT a text is one example."
     )
     margins: Literal["none", "small", "large"] | dict[str, NonNegative] = Field(
         "none", description="Reward models, loss `ranking`: margins of comparisons with a rating and no margin of "

@@ -88,6 +88,7 @@ class Dataset:
             tokenizer: the model's own.
             seed: of the order.
             whole_document: pre-training: rows are documents, learnt whole and, as ``documents`` says, packed or cut.
+                Else a document is an example, a sequence of its own.
             keep_ties: keep comparisons of two tied responses that have a ``preference``, for a loss that learns from
                 it.
 

@@ -4,8 +4,9 @@ Invariants:
 
 - An epoch is as long as the sources have rows, whatever their weights, so ``num_epochs`` means what it says.
 - Without weights, an epoch holds every row of every source exactly once.
-- With weights, it holds each source's share (largest remainders; at least one row). A source goes through all its
-  rows, in an order of its own, before any comes a second time; where an epoch leaves off in it, the next goes on.
+- With weights, it holds each source's share (largest remainders; at least one row, however small the weight). A
+  source goes through all its rows, in an order of its own, before any comes a second time; where an epoch leaves off
+  in it, the next goes on.
 - A ``Cursor`` names one place in this endless order. The order does not depend on how it is cut into batches.
 """
 
@@ -130,14 +131,23 @@ class Mixture:
 
 
 def _apportion(total: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """Split ``total`` by weight, largest remainders first; every part is at least 1."""
-    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * total
+    """Split ``total``, which is no less than there are weights; every part is at least 1.
+
+    By weight alone where that leaves nobody without. Else each has one first, and the rest is split by weight.
+    """
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    parts = _largest_remainders(total, shares)
+    if parts.min() < 1:
+        parts = 1 + _largest_remainders(total - len(parts), shares)
+    return tuple(int(part) for part in parts)
+
+
+def _largest_remainders(total: int, shares: npt.NDArray[np.float64]) -> Int64s:
+    exact = shares * total
     parts = np.floor(exact).astype(np.int64)
     left = total - int(parts.sum())
     parts[np.argsort(-(exact - parts), kind="stable")[:left]] += 1
-    raised = np.maximum(parts, 1)
-    raised[np.argmax(raised)] -= raised.sum() - total
-    return tuple(int(part) for part in raised)
+    return parts
 
 
 def advance(cursor: Cursor, num_rows: int, epoch_rows: int) -> Cursor:

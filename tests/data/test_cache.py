@@ -32,11 +32,18 @@ ROWS: dict[Kind, list[dict[str, Any]]] = {
 KINDS = list(ROWS)
 
 
-def make(tokenizer: DecodingTokenizer, kind: Kind, path: str, cache: Path | None, **more: Any) -> Dataset:
+def make(
+    tokenizer: DecodingTokenizer,
+    kind: Kind,
+    path: str,
+    cache: Path | None,
+    whole_document: bool = False,
+    **more: Any,
+) -> Dataset:
     kept = {"keep_columns": ("answer",)} if kind == "prompts" else {}
     folder = None if cache is None else str(cache)
     config = DataConfig(train=path, max_tokens=32, heldout_fraction=0.3, cache_dir=folder, **kept, **more)
-    return Dataset.from_config(config, kind, tokenizer, seed=1)
+    return Dataset.from_config(config, kind, tokenizer, seed=1, whole_document=whole_document)
 
 
 def require_same(found: Dataset, wanted: Dataset) -> None:
@@ -68,8 +75,9 @@ def test_documents_in_files(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{n} the cat sat on the mat\n" * (1 + n % 7) for n in range(40)))
     for documents in ("packed", "pieces", "separate"):
-        wanted = make(plain, "examples", str(path), None, documents=documents)
-        require_same(make(plain, "examples", str(path), tmp_path / "cache", documents=documents), wanted)
+        settings = {"documents": documents, "whole_document": True}
+        wanted = make(plain, "examples", str(path), None, **settings)
+        require_same(make(plain, "examples", str(path), tmp_path / "cache", **settings), wanted)
 
 
 def cut(file: Path) -> None:

@@ -18,6 +18,7 @@ from data.errors import DataError, EmptyDataError, FormatError, RowError, Tokeni
 from data.formats import Kind
 from data.order import Cursor
 from experience.schema import COMPARISONS, EXAMPLES, PROMPTS, check_schema
+from tests.data.conftest import CHATML
 from tests.data.decoding import DecodingTokenizer
 
 
@@ -214,6 +215,30 @@ def test_a_comparison_is_left_out_whole(plain: DecodingTokenizer, jsonl: Callabl
     ]
 
 
+@pytest.mark.parametrize("kind", ["comparisons", "feedback"])
+def test_responses_that_a_template_makes_the_same_are_a_bad_row(
+    make_tokenizer: Callable[..., DecodingTokenizer],
+    jsonl: Callable[..., str],
+    kind: Kind,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not only where they are cut: one better than itself teaches nothing."""
+    trims = make_tokenizer(template=CHATML.replace("message['content']", "message['content'] | trim"), eos="<|im_end|>")
+    good = {"prompt": "the", "chosen": " cat", "rejected": " dog"}
+    path = jsonl(good, good | {"rejected": "cat "}, {"prompt": "the", "responses": ["a", "b"], "ranks": [1, 2]})
+    if kind == "feedback":
+        path = jsonl(good, good | {"rejected": "cat "})
+    why = "two responses of different ranks are the same tokens"
+    with pytest.raises(RowError, match=rf"{path}:2: {why}.*data.bad_rows: skip"):
+        make(trims, kind, path)
+    data = make(trims, kind, path, bad_rows="skip")
+    (counts,) = data.counts
+    kept = 1 if kind == "feedback" else 2
+    assert (counts.read, counts.bad, counts.too_long, counts.train) == (kept + 1, 1, 0, kept)
+    assert any(f"{path}:2: left out: {why}" in message for message in caplog.messages)
+    assert make(trims, kind, path, bad_rows="skip", max_tokens=24, too_long="truncate").counts[0].bad == 1
+
+
 def test_nothing_left_says_the_counts(plain: DecodingTokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(*demonstrations(4), "nonsense")
     counts = r"5 rows read, 1 bad, 4 too long, 0 kept .*max_tokens 2; the longest has \d+"
@@ -247,7 +272,7 @@ def test_columns_are_renamed(plain: DecodingTokenizer, jsonl: Callable[..., str]
 def test_documents_are_joined_with_eos_and_cut(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat\n\nthe dog\n" + "on the mat and the log\n" * 5)
-    packed = make(plain, "examples", str(path), max_tokens=10)
+    packed = make(plain, "examples", str(path), max_tokens=10, whole_document=True)
     rows = packed.draw(Cursor(), packed.num_rows)
     tokens = [rows.batch["tokens"][int(place)].as_py() for place in np.argsort(rows.ids)]
     assert all(len(row) == 10 for row in tokens[:-1])
@@ -256,15 +281,34 @@ def test_documents_are_joined_with_eos_and_cut(plain: DecodingTokenizer, tmp_pat
     assert joined == "the cat sat</s>the dog</s>" + "on the mat and the log</s>" * 5
     assert packed.counts[0].train == 7
     assert all(row[0] == 0 and all(row[1:]) for row in rows.batch["loss_mask"].to_pylist())
-    separate = make(plain, "examples", str(path), max_tokens=32, documents="separate")
+    separate = make(plain, "examples", str(path), max_tokens=32, documents="separate", whole_document=True)
     assert separate.num_rows == 7
+
+
+@pytest.mark.parametrize("documents", ["packed", "pieces", "separate"])
+def test_only_pretraining_joins_or_cuts_documents(
+    plain: DecodingTokenizer, jsonl: Callable[..., str], documents: str
+) -> None:
+    """In SFT each text is an example, which attends to no other and is too long as any other; so where scores are
+    measured."""
+    long = {"text": "the cat sat on the mat and " * 9}
+    path = jsonl({"text": "the cat"}, long, {"text": "the dog sat"}, {"prompt": "on", "completion": " log"})
+    data = make(plain, "examples", path, max_tokens=12, documents=documents)
+    wanted = ["the cat</s>", "the dog sat</s>", "on log</s>"]
+    assert [text(plain, row) for row in data.in_order().batch["tokens"].to_pylist()] == wanted
+    assert (data.counts[0].too_long, data.counts[0].train) == (1, 3)
+    cut = make(plain, "examples", path, max_tokens=12, documents=documents, too_long="truncate")
+    assert cut.num_rows == 4 and cut.longest == 12
+    config = DataConfig(train=path, max_tokens=12, documents=documents)
+    measured = Dataset.first_rows(config, "examples", plain, 2).in_order().batch
+    assert [text(plain, row) for row in measured["tokens"].to_pylist()] == wanted[:2]
 
 
 def test_a_lone_last_token_is_no_sequence(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat\n")
-    count = make(plain, "examples", str(path), max_tokens=99).num_tokens
-    cut = make(plain, "examples", str(path), max_tokens=count - 1)
+    count = make(plain, "examples", str(path), max_tokens=99, whole_document=True).num_tokens
+    cut = make(plain, "examples", str(path), max_tokens=count - 1, whole_document=True)
     assert (cut.num_rows, cut.num_tokens) == (1, count - 1)
 
 

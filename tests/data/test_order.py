@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,10 +76,37 @@ def test_every_source_goes_round_evenly(sizes: list[int], data: st.DataObject, s
         ((10, 10, 10), (1, 1, 1), (10, 10, 10)),
         ((5, 5), (1, 2), (3, 7)),
         ((4, 4), (1, 1000), (1, 7)),
+        ((1, 1, 1, 1), (1, 1, 0.001, 0.001), (1, 1, 1, 1)),
+        ((1, 1, 1, 1, 1, 1), (1, 1, 1, 0.01, 0.01, 0.01), (1, 1, 1, 1, 1, 1)),
+        ((2, 2, 2, 2, 2, 2), (1, 1, 1, 0.01, 0.01, 0.01), (3, 3, 3, 1, 1, 1)),
+        ((90, 9, 1), (2, 1, 0.001), (66, 33, 1)),
     ],
 )
 def test_quotas(sizes: tuple[int, ...], weights: tuple[float, ...] | None, quotas: tuple[int, ...]) -> None:
     assert Mixture(sizes, weights, 0).quotas == quotas
+
+
+@given(
+    sources=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from((1e-9, 0.01, 1.0, 1.0, 3.0, 1e9)) | st.floats(1e-9, 1e9)),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_shares_are_whole_and_follow_the_weights(sources: list[tuple[int, float]]) -> None:
+    """Every source has a row, the epoch its length; a smaller weight gives no more, and a whole row is no loss."""
+    sizes, weights = (tuple(column) for column in zip(*sources, strict=True))
+    total = sum(sizes)
+    quotas = Mixture(sizes, weights, 0).quotas
+    assert min(quotas) >= 1 and sum(quotas) == total
+    assert Mixture(sizes, weights, 7).quotas == quotas
+    for one, other in combinations(range(len(sizes)), 2):
+        if quotas[one] > quotas[other] + 1:
+            assert weights[one] > weights[other]
+    exact = [weight / sum(weights) * total for weight in weights]
+    if min(exact) >= 1:
+        assert all(abs(quota - share) < 1 + 1e-6 for quota, share in zip(quotas, exact, strict=True))
+    assert len(Mixture(sizes, weights, 0).epoch(3)) == total
 
 
 def test_sources_are_interleaved() -> None:
