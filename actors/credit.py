@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from actors.credit_columns import CreditColumns, read_columns
+from actors.environment_credit import environment_scores, moved_to_tokens
 from actors.rewards.combination import COMBINED, Total
 from actors.rewards.combination_config import TotalConfig
 from actors.rollout import RolloutInfo
 from actors.score_columns import ENVIRONMENT, UNNAMED, Totals, safety_prompts
 from actors.selection import baseline_column, prompts_without_signal, rows_of_prompts
-from actors.turn_credit import environment_scores, moved_to_turns
 from algorithms.advantages import whiten
 from algorithms.bundles import CreditInputs, algorithm_of
 from algorithms.config import OnlineConfig
@@ -154,7 +154,7 @@ class CreditActor:
         rewards_T = self._rewards(columns, total.scores_N, kl_coefficient)
         if ENVIRONMENT in scores_of:
             weights_N = self._totals.weights(ENVIRONMENT, table, scores_of, moments)
-            rewards_T = rewards_T + moved_to_turns(table, columns.offsets, weights_N)
+            rewards_T = rewards_T + moved_to_tokens(table, columns.offsets, weights_N)
         inputs = self._inputs(columns, rewards_T)
         advantages_T, returns_T = self._algorithm.credit(inputs)
         weights_T, corrected = self._weights(columns)
@@ -193,7 +193,7 @@ class CreditActor:
         return tags, tags.num_rows
 
     def environment_scores(self, rollouts: Batches) -> tuple[pa.RecordBatch, int]:
-        """SCORES of what an environment gave, summed over each sample's turns."""
+        """SCORES of what an environment gave, summed over each sample."""
         scores = environment_scores(rollouts)
         return scores, scores.num_rows
 
@@ -248,21 +248,26 @@ class CreditActor:
 def _correction(config: OnlineConfig, columns: CreditColumns) -> Weights:
     """Weights (T,) of tokens for who drew them, and metrics."""
     rollout_T, denominator = columns.rollout_logprobs_T, float(len(columns.rollout_logprobs_T))
-    proximal_T, bounds = columns.policy_logprobs_T, config.correction
-    if proximal_T is None or bounds.method == "none":
+    proximal_T, correction = columns.policy_logprobs_T, config.correction
+    if proximal_T is None or correction.method == "none":
         return torch.ones_like(rollout_T), {}
-    match bounds.method:
+    low, high = correction.bounds
+    match correction.method:
         case "truncated":
-            return truncated_weights(proximal_T, rollout_T, cap=bounds.cap, denominator=denominator)
+            return truncated_weights(proximal_T, rollout_T, cap=correction.cap, denominator=denominator)
         case "decoupled":
-            return masked_weights(proximal_T, rollout_T, low=0.0, high=bounds.cap, denominator=denominator)
+            return masked_weights(proximal_T, rollout_T, low=0.0, high=correction.cap, denominator=denominator)
         case "masked":
-            return masked_weights(
-                proximal_T, rollout_T, low=bounds.low, high=bounds.high, denominator=denominator
-            )
+            return masked_weights(proximal_T, rollout_T, low=low, high=high, denominator=denominator)
         case "sequence_masked":
             return sequence_masked_weights(
-                proximal_T, rollout_T, columns.offsets, low=bounds.low, high=bounds.high, denominator=denominator
+                proximal_T,
+                rollout_T,
+                columns.offsets,
+                low=low,
+                high=high,
+                cap=correction.cap,
+                denominator=denominator,
             )
 
 

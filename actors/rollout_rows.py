@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of the policy, where in its sample it begins, and what an environment gave for it."""
+    """A turn of the policy, where in its sample it begins, and what an environment gave for each of its tokens.
+
+    Without an environment ``rewards`` is empty.
+    """
 
     start: int
     completion: Completion
-    reward: float | None = None
+    rewards: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def rollout_rows(answers: Sequence[Answer]) -> pa.RecordBatch:
     turns = [turn for answer in answers for turn in answer.turns]
     num_turns, num_drawn = ([len(a.turns) for a in answers], [a.num_drawn for a in answers])
     ends = [turn.start + len(turn.completion.tokens) for turn in turns]
-    rewards = [turn.reward for turn in turns if turn.reward is not None]
-    num_rewards = [sum(turn.reward is not None for turn in answer.turns) for answer in answers]
+    rewards = list(chain.from_iterable(turn.rewards for turn in turns))
+    num_rewards = [sum(len(turn.rewards) for turn in answer.turns) for answer in answers]
     logprobs = list(chain.from_iterable(turn.completion.logprobs for turn in turns))
     spans = [span for turn in turns for span in turn.completion.versions]
     versions = np.repeat([version for version, _, _ in spans], [end - start for _, start, end in spans])
@@ -73,7 +76,7 @@ def rollout_rows(answers: Sequence[Answer]) -> pa.RecordBatch:
             "num_prompt_tokens": [answer.num_prompt_tokens for answer in answers],
             "turn_starts": _lists(np.array([turn.start for turn in turns], dtype=np.int32), num_turns),
             "turn_ends": _lists(np.array(ends, dtype=np.int32), num_turns),
-            "turn_rewards": _lists(np.array(rewards, dtype=np.float32), num_rewards),
+            "environment_rewards": _lists(np.array(rewards, dtype=np.float32), num_rewards),
             "rollout_logprobs": _lists(np.array(logprobs, dtype=np.float32), num_drawn),
             "policy_versions": _lists(versions.astype(np.int32), num_drawn),
             "finish_reason": [answer.finish_reason for answer in answers],

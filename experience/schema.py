@@ -23,7 +23,7 @@ import pyarrow as pa
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 VERSION_KEY = b"troupe.schema_version"
 NAME_KEY = b"troupe.schema"
 
@@ -103,8 +103,8 @@ REF_FEEDBACK_LOGPROBS = _schema(
 #: ``sample_id = prompt_id * samples_per_prompt + k``. ``rollout_logprobs`` are of the tokens as they were
 #: sampled. ``policy_versions`` holds, for each response token, the version of the weights that drew it.
 #: ``turn_starts`` and ``turn_ends`` hold, for each turn of the policy, where in ``tokens`` it begins and ends
-#: (``experience.turns``); what lies between turns is the environment's. ``turn_rewards`` are what the environment gave
-#: for each turn, and empty in a run without one.
+#: (``experience.turns``); what lies between turns is the environment's. ``environment_rewards`` are what it gave for
+#: each response token, and empty in a run without one.
 ROLLOUT = _schema(
     "rollout",
     ("sample_id", pa.int64()),
@@ -113,7 +113,7 @@ ROLLOUT = _schema(
     ("num_prompt_tokens", pa.int32()),
     ("turn_starts", _list(pa.int32())),
     ("turn_ends", _list(pa.int32())),
-    ("turn_rewards", _list(pa.float32())),
+    ("environment_rewards", PER_TOKEN_FLOAT),
     ("rollout_logprobs", PER_TOKEN_FLOAT),
     ("policy_versions", _list(pa.int32())),
     ("finish_reason", pa.string()),

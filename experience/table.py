@@ -39,7 +39,9 @@ Cell: TypeAlias = int | float | str | npt.NDArray[np.generic]
 
 NAME = b"experience"
 #: Lists of another length than the policy's tokens.
-NOT_PER_TOKEN = frozenset({"tokens", "turn_starts", "turn_ends", "turn_rewards"})
+NOT_PER_TOKEN = frozenset({"tokens", "turn_starts", "turn_ends"})
+#: Lists that may also be empty in every row.
+MAY_BE_EMPTY = frozenset({"environment_rewards"})
 RESERVED_KEYS = frozenset({VERSION_KEY.decode(), NAME_KEY.decode()})
 
 
@@ -199,6 +201,8 @@ def _check_rows(table: pa.Table) -> None:
         if field.name in NOT_PER_TOKEN or not pa.types.is_list(field.type):
             continue
         lengths = _lengths(table.column(field.name))
+        if field.name in MAY_BE_EMPTY and not lengths.any():
+            continue
         if not np.array_equal(lengths, responses):
             at = int(np.flatnonzero(lengths != responses)[0])
             where = f"{field.name} of sample {ids[at]}"
@@ -212,10 +216,6 @@ def _checked_turns(table: pa.Table, ids: Int64Array) -> Int64Array:
     starts, ends = (np.asarray(table.column(name).combine_chunks().flatten()) for name in ("turn_starts", "turn_ends"))
     if not np.array_equal(num_turns, _lengths(table.column("turn_ends"))) or not (num_turns > 0).all():
         raise SchemaError("experience: turn_starts and turn_ends differ in number, or a sample has no turn")
-    given = _lengths(table.column("turn_rewards"))
-    if (astray := np.flatnonzero((given != 0) & (given != num_turns))).size:
-        at = int(astray[0])
-        raise SchemaError(f"experience: sample {ids[at]} has {given[at]} turn_rewards for {num_turns[at]} turns")
     rows, last = np.repeat(np.arange(len(ids)), num_turns), np.cumsum(num_turns) - 1
     # Each turn begins behind the one before and a word of the environment; the first one where the prompt ends.
     least = np.concatenate([np.zeros(1, np.int64), ends + 1])[:-1]

@@ -106,7 +106,7 @@ def one_turn_each(num_prompt_tokens: Sequence[int], num_tokens: Sequence[int]) -
         name: pa.ListArray.from_arrays(pa.array(ones), pa.array(np.asarray(given, np.int32)))
         for name, given in numbers.items()
     }
-    return columns | {"turn_rewards": pa.ListArray.from_arrays(pa.array(none), pa.array([], pa.float32()))}
+    return columns | {"environment_rewards": pa.ListArray.from_arrays(pa.array(none), pa.array([], pa.float32()))}
 
 
 def _require_order(starts_U: Tensor, ends_U: Tensor, num_turns_N: Tensor, lengths_N: Tensor) -> None:

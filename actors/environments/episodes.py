@@ -5,7 +5,7 @@ Invariants:
 - Every turn is a request of its own, whose prompt is all tokens so far, as they were sampled or given. The engine's
   prefix cache holds them, so only what is new is computed.
 - The tokens of a sample only grow; nothing is decoded and encoded again.
-- The environment answers every turn, also one that was cut off, so every turn has a reward.
+- The environment answers every turn, also one that was cut off, so every token of the policy has a reward.
 - An environment that fails fails its episode, with a reason, and never the engine's other episodes.
 """
 
@@ -23,7 +23,7 @@ from actors.config import EnvironmentConfig
 from actors.environments.face import JSON, Action, Environment, Step, Task, Words
 from actors.errors import RewardError, RolloutError
 from actors.rewards.binding import load_function
-from actors.rewards.face import LARGEST_SCORE, Reason, RewardFailure, checked
+from actors.rewards.face import LARGEST_SCORE, Reason, RewardFailure, checked, checked_batch
 from actors.rollout_rows import Answer, Turn
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ class Episodes:
             room = min(self._max_turn_tokens, longest - len(tokens))
             done = await take_turn(tuple(tokens), len(turns), room)
             step = await self._asked(partial(environment.step, self._action(done)))
-            reward, over = _read(step)
+            rewards, over = _read(step, len(done.tokens))
+            turns.append(Turn(len(tokens), done, rewards))
             # They are added up, and what is beyond float32 would be infinite there.
-            if not abs(sum(turn.reward or 0.0 for turn in turns) + reward) <= LARGEST_SCORE:
+            if not abs(sum(sum(turn.rewards) for turn in turns)) <= LARGEST_SCORE:
                 raise EpisodeFailed("gave no finite number", f"rewards that add up to more than {LARGEST_SCORE}")
-            turns.append(Turn(len(tokens), done, reward))
             tokens += done.tokens
             if over:
                 reason = "stop"
@@ -201,18 +201,29 @@ class Episodes:
         return Action(tokens, self._text(tokens[:-1] if closed else tokens), done.finish_reason == "stop")
 
 
-def _read(step: Step) -> tuple[float, bool]:
-    """A turn's reward, and whether the episode is over."""
+def _read(step: Step, num_tokens: int) -> tuple[list[float], bool]:
+    """What each token of the turn earned, and whether the episode is over."""
     if not isinstance(step, Step):
         raise EpisodeFailed("gave no step", f"{type(step).__name__}; step must return an environments.face.Step")
     try:
-        reward, over = checked(step.reward), bool(step.done)
+        rewards, over = _per_token(step.reward, num_tokens), bool(step.done)
     except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor
         raise EpisodeFailed("gave no step", f"a step that cannot be read: {error}") from error
-    if isinstance(reward, RewardFailure):
-        what = "finite number" if reward.reason is Reason.NOT_FINITE else "number"
-        raise EpisodeFailed(f"gave no {what}", f"a reward that cannot be taken: {reward.detail}")
-    return reward, over
+    numbers = list[float]()
+    for reward in rewards:
+        if isinstance(reward, RewardFailure):
+            what = {Reason.NOT_FINITE: "finite number", Reason.WRONG_LENGTH: "number for each token"}
+            detail = f"a reward of a turn of {num_tokens} tokens cannot be taken: {reward.detail}"
+            raise EpisodeFailed(f"gave no {what.get(reward.reason, 'number')}", detail)
+        numbers.append(reward)
+    return numbers, over
+
+
+def _per_token(reward: object, num_tokens: int) -> Sequence[float | RewardFailure]:
+    """Of one number for the turn, all stands on its last token."""
+    if getattr(reward, "shape", ()) == () and (isinstance(reward, str) or not isinstance(reward, Sequence)):
+        return [*([0.0] * (num_tokens - 1)), checked(reward)]
+    return checked_batch(reward, num_tokens)
 
 
 async def whole_groups(

@@ -47,13 +47,15 @@ class Action:
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a turn: the environment's words, the turn's reward, and whether the episode is over.
+    """What came of a turn: the environment's words, its reward, and whether the episode is over.
+
+    ``reward`` is one number for the turn, which its last token earns, or one for each of the action's tokens.
 
     Words of the last step are never read.
     """
 
     words: Words
-    reward: float
+    reward: float | Sequence[float]
     done: bool
 
 

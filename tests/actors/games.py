@@ -78,7 +78,10 @@ class Faulty(Echo):
             "a number as words": {"words": 7},
             "no reward": {"reward": None},
             "a reward beyond float32": {"reward": 1e39},
-            "many rewards": {"reward": np.zeros(2)},
+            "text as a reward": {"reward": "10"},
+            "a token without a reward": {"reward": [1.0, None]},
+            "a token's reward without end": {"reward": np.array([1.0, np.inf])},
+            "many rewards": {"reward": np.zeros(3)},
             "many ends": {"done": np.zeros(2)},
         }
         return replace(step, **wrong.get(self.how, {}))
@@ -109,6 +112,13 @@ class Unclosed(Echo):
 
     async def close(self) -> None:
         raise ValueError("not closed")
+
+
+class Counting(Echo):
+    """Pays the first token of a turn 0, the next 1, and so on."""
+
+    async def step(self, action: Action) -> Step:
+        return replace(await super().step(action), reward=[float(place) for place in range(len(action.tokens))])
 
 
 class Generous(Echo):

@@ -67,12 +67,20 @@ async def test_turns_and_words_alternate_and_tokens_only_grow() -> None:
     assert list(answer.tokens) == [*opening, 20, EOS, *said, 21, EOS, *said, 22, EOS]
     assert answer.num_prompt_tokens == 3 and answer.finish_reason == "stop"
     assert [turn.start for turn in answer.turns] == [3, 8, 13]
-    assert [turn.reward for turn in answer.turns] == [1.0, 2.0, 3.0]
+    assert [turn.rewards for turn in answer.turns] == [[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]
     assert [asked for asked, _, _ in engine.asked] == [list(answer.tokens[:end]) for end in (3, 8, 13)]
     [row] = join([rollout_rows([answer])]).table.to_pylist()
     assert row["turn_starts"] == [3, 8, 13] and row["turn_ends"] == [5, 10, 15]
     assert row["rollout_logprobs"] == [-20, -1, -21, -1, -22, -1]
     assert row["policy_versions"] == [7] * 6
+    assert row["environment_rewards"] == [0, 1, 0, 2, 0, 3]
+
+
+async def test_tokens_are_paid_apart() -> None:
+    answer = await episodes("tests.actors.games:Counting").play(prompt(), Engine(cut=[1]).take_turn)
+    assert [turn.rewards for turn in answer.turns] == [[0, 1], [0, 1, 2, 3], [0, 1]]
+    [row] = join([rollout_rows([answer])]).table.to_pylist()
+    assert row["environment_rewards"] == [0, 1, 0, 1, 2, 3, 0, 1]
 
 
 async def test_the_environment_reads_a_turns_text_without_its_eos() -> None:
@@ -113,8 +121,10 @@ async def test_many_episodes_run_at_a_time() -> None:
         ("was cancelled", "raised"),
         *((how, "said no words") for how in ("opened with nothing", "words of None", "words in bytes")),
         *((how, "said no words") for how in ("half a character", "a number as words")),
-        *((how, "gave no number") for how in ("no reward", "many rewards")),
+        *((how, "gave no number") for how in ("no reward", "text as a reward", "a token without a reward")),
         *((how, "gave no finite number") for how in ("gave no finite number", "a reward beyond float32")),
+        ("a token's reward without end", "gave no finite number"),
+        ("many rewards", "gave no number for each token"),
         ("many ends", "gave no step"),
     ],
 )

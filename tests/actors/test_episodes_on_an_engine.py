@@ -63,7 +63,8 @@ async def test_logprobs_of_turns_are_the_trainers(engine: RolloutActor, model: P
     assert info.num_tokens == sum(len(row["rollout_logprobs"]) for row in rows)
     for row in rows:
         assert row["rollout_logprobs"] == pytest.approx(slow_logprobs(network, row, 0.8), abs=TOLERANCE)
-        assert row["turn_rewards"] == [1.0, 2.0, 3.0] and set(row["policy_versions"]) == {1}
+        assert [reward for reward in row["environment_rewards"] if reward] == [1.0, 2.0, 3.0]
+        assert len(row["environment_rewards"]) == len(row["rollout_logprobs"]) and set(row["policy_versions"]) == {1}
         assert row["turn_starts"][0] == row["num_prompt_tokens"] == LENGTHS[row["prompt_id"]] + 1
         assert row["turn_ends"][-1] == len(row["tokens"])
     # The samples of a prompt play the same game, and their policies draw apart.

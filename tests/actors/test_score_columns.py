@@ -107,7 +107,7 @@ def test_an_environments_words_are_no_repetition_of_the_policys() -> None:
     rollout = make_batch(
         ROLLOUT,
         said
-        | {"sample_id": [4], "prompt_id": [4], "num_prompt_tokens": [1], "turn_rewards": [[0.0, 0.0]]}
+        | {"sample_id": [4], "prompt_id": [4], "num_prompt_tokens": [1], "environment_rewards": [[0.0] * 4]}
         | {"rollout_logprobs": [[-1.0] * 4], "policy_versions": [[0] * 4], "finish_reason": ["stop"]},
     )
     shaping = {"again": {"kind": "repetition", "ngram": 1, "penalty": 1.0}}

@@ -38,7 +38,7 @@ def batch(rows: list[list[tuple[int, int]]], first_id: int = 0, **changes: Any) 
         "num_prompt_tokens": [turns[0][0] for turns in rows],
         "turn_starts": [[start for start, _ in turns] for turns in rows],
         "turn_ends": [[end for _, end in turns] for turns in rows],
-        "turn_rewards": [[float(place) for place in range(len(turns))] for turns in rows],
+        "environment_rewards": [[float(place) for place in range(length)] for length in drawn],
         "rollout_logprobs": [[-1.0] * length for length in drawn],
         "policy_versions": [[0] * length for length in drawn],
         "finish_reason": ["stop"] * len(rows),
@@ -70,7 +70,7 @@ def test_one_turn_is_the_response() -> None:
     for turns in (given, single):
         positions, ends = turns.positions([1, 0], torch.tensor([0, 4, 9]))
         assert positions.tolist() == [0, 1, 2, 5, 6, 7] and ends.tolist() == [0, 3, 6]
-    assert columns["turn_rewards"].to_pylist() == [[], []]
+    assert columns["environment_rewards"].to_pylist() == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_one_turn_is_the_response() -> None:
         ({"turn_starts": [[2, 4]]}, "a turn from 2 to 3"),
         ({"turn_ends": [[3, 5]]}, "a turn from 4 to 5"),
         ({"turn_starts": [[1]]}, "turn_starts and turn_ends differ in number"),
-        ({"turn_rewards": [[1.0]]}, "sample 0 has 1 turn_rewards for 2 turns"),
+        ({"environment_rewards": [[1.0]]}, "environment_rewards of sample 0 has 1 values for a response of 4 tokens"),
         ({"policy_versions": [[0, 0, 0]]}, "policy_versions of sample 0 has 3 values for a response of 4 tokens"),
     ],
 )

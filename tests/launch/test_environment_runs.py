@@ -42,7 +42,7 @@ class Episodes(Engine):
         columns["tokens"] = [[*row["tokens"][:3], 7, row["tokens"][3]] for row in kept]
         columns["turn_starts"] = [[2, 4] for _ in kept]
         columns["turn_ends"] = [[3, 5] for _ in kept]
-        columns["turn_rewards"] = [[0.0, float(row["sample_id"] % 2)] for row in kept]
+        columns["environment_rewards"] = [[0.0, float(row["sample_id"] % 2)] for row in kept]
         left = tuple(prompt for prompt in info.prompt_ids if prompt not in failed)
         told: RolloutInfo = replace(
             info, prompt_ids=left, num_samples=len(kept), num_tokens=2 * len(kept), dropped=failed

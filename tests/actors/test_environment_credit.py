@@ -1,4 +1,4 @@
-"""Credit of episodes: where rewards of turns stand, and what algorithms make of it; by hand and against slow loops."""
+"""Credit of episodes: where rewards stand, and what algorithms make of it; by hand and against slow loops."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from actors.credit import CreditActor, CreditReport
+from actors.environment_credit import environment_scores
 from actors.rewards.combination_config import TotalConfig
-from actors.turn_credit import environment_scores
 from algorithms.config import OnlineConfig
 from algorithms.group_advantages import grpo, turn_grpo
 from cluster.context import RankContext
@@ -22,8 +22,16 @@ Episode = list[tuple[int, float]]  # tokens and reward of each turn
 BY_HAND: list[Episode] = [[(2, 1.0), (1, 4.0)], [(1, -2.0)]]
 
 
-def rollout(episodes: list[Episode]) -> pa.RecordBatch:
-    """Two tokens of prompt, one of the environment's between turns; neighbours answer the same prompt."""
+def per_token(episode: Episode) -> list[float]:
+    """A turn's reward on its last token."""
+    return [number for length, reward in episode for number in [*[0.0] * (length - 1), reward]]
+
+
+def rollout(episodes: list[Episode], tokens: list[list[float]] | None = None) -> pa.RecordBatch:
+    """Rewards of single tokens where ``tokens`` has them.
+
+    Two tokens of prompt, one of the environment's between turns; neighbours answer the same prompt.
+    """
     starts, ends = [], []
     for episode in episodes:
         places = [2]
@@ -39,7 +47,7 @@ def rollout(episodes: list[Episode]) -> pa.RecordBatch:
         "num_prompt_tokens": [2] * len(episodes),
         "turn_starts": starts,
         "turn_ends": ends,
-        "turn_rewards": [[reward for _, reward in episode] for episode in episodes],
+        "environment_rewards": [per_token(episode) for episode in episodes] if tokens is None else tokens,
         "rollout_logprobs": [[-1.0] * length for length in drawn],
         "policy_versions": [[0] * length for length in drawn],
         "finish_reason": ["stop"] * len(episodes),
@@ -48,10 +56,14 @@ def rollout(episodes: list[Episode]) -> pa.RecordBatch:
 
 
 def assign(
-    episodes: list[Episode], settings: dict[str, Any], values: list[list[float]] | None = None, **total: Any
+    episodes: list[Episode],
+    settings: dict[str, Any],
+    values: list[list[float]] | None = None,
+    tokens: list[list[float]] | None = None,
+    **total: Any,
 ) -> tuple[list[list[float]], CreditReport]:
     context = RankContext("credit", 0, 1, 0, "127.0.0.1", 0, "cpu", torch.get_num_threads(), None, 0)
-    rows = rollout(episodes)
+    rows = rollout(episodes, tokens)
     names = ("environment", *(["other"] if total else []))
     actor = CreditActor(
         context, OnlineConfig.model_validate(settings), 64, names, TotalConfig.model_validate(total)
@@ -80,6 +92,26 @@ def test_rewards_stand_on_the_last_tokens_of_turns_by_hand() -> None:
     weights = {"kind": "linear", "weights": {"environment": 2.0, "other": 1.0}}
     found, _ = assign(BY_HAND, settings, [[0.0] * 3, [0.0]], combine=weights)
     assert found == [[1 + (8 + 10) / 4, 2 + (8 + 10) / 2, 18.0], [6.0]]
+
+
+def test_rewards_of_tokens_by_hand() -> None:
+    """As above, but the first turn earns 3 with its first token and loses 2 with its second."""
+    settings = {"name": "ppo", "gamma": 0.5, "gae_lambda": 1.0, "whiten_advantages": False, "kl": {"coefficient": 0}}
+    tokens = [[3.0, -2.0, 4.0], [-2.0]]
+    found, report = assign(BY_HAND, settings, [[0.0] * 3, [0.0]], tokens)
+    assert found == [[3 - 2 / 2 + 4 / 4, -2 + 4 / 2, 4.0], [-2.0]]
+    assert report.metrics["experience/score"] == 1.5
+    # Divided by 4 with the score, and 10 more, less the mean of 1, on the last token.
+    found, _ = assign(
+        BY_HAND, settings, [[0.0] * 3, [0.0]], tokens, shaping={"scale": {"kind": "normalise", "mean": 1.0, "std": 4.0}}
+    )
+    assert found == [[0.75 - 0.25 + 3.25 / 4, -0.5 + 3.25 / 2, 1.0 + 2.25], [-0.5 + 2.25]]
+
+
+def test_a_turn_has_earned_what_its_tokens_have() -> None:
+    settings = {"name": "turn_grpo", "gamma": 0.7, "kl": {"coefficient": 0}}
+    tokens = [[3.0, -2.0, 4.0], [-2.0]]
+    assert assign(BY_HAND, settings, tokens=tokens)[0] == assign(BY_HAND, settings)[0]
 
 
 @pytest.mark.parametrize(
