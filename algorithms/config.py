@@ -59,21 +59,44 @@ class CorrectionConfig(_Frozen):
     method: Literal["none", "truncated", "masked", "sequence_masked", "decoupled"] = Field(
         "none",
         description="`truncated`: min(k, cap) (TIS). `masked`: k, or 0 outside of low to high (IcePop). "
-        "`sequence_masked`: 1, or 0 where the sample's geometric mean of k is outside. `decoupled`: k, or 0 above cap "
-        "(AReaL). All of them recompute log-probs, which the ratio is then against.",
+        "`sequence_masked`: min(k, cap), or 0 where the sample's geometric mean of k is outside (Geo-RS-Token-TIS). "
+        "`decoupled`: k, or 0 above cap (AReaL). All of them recompute log-probs, which the ratio is then against.",
     )
-    cap: PositiveFloat = Field(2.0, description="truncated, decoupled: the largest k (AReaL: 5).")
-    low: float = Field(0.5, ge=0, description="masked, sequence_masked: the smallest k that counts.")
-    high: PositiveFloat = Field(5.0, description="masked, sequence_masked: the largest k that counts.")
+    cap: PositiveFloat = Field(
+        2.0, description="truncated, decoupled, sequence_masked: the largest k (AReaL: 5)."
+    )
+    low: float | None = Field(
+        None, ge=0, description="masked, sequence_masked: the smallest k, or geometric mean of k, that counts. None: "
+        "0.5 (IcePop); sequence_masked: 0.999 (verl)."
+    )
+    high: PositiveFloat | None = Field(
+        None, description="masked, sequence_masked: the largest. None: 5 (IcePop); sequence_masked: 1.001 (verl), made "
+        "for long responses and weights of the same version: short or stale ones need bounds further apart."
+    )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest k, or geometric mean of k, that counts."""
+        low, high = (0.999, 1.001) if self.method == "sequence_masked" else (0.5, 5.0)
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
     @model_validator(mode="after")
     def _bounds_belong(self) -> CorrectionConfig:
-        of = {"cap": ("truncated", "decoupled"), "low": (bounded := ("masked", "sequence_masked")), "high": bounded}
+        of = {
+            "cap": ["truncated", "decoupled", "sequence_masked"],
+            "low": (bounded := ["masked", "sequence_masked"]),
+            "high": bounded,
+        }
         for key, methods in of.items():
             if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} belongs to {' and '.join(methods)}, not to {self.method}; leave it out")
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+                names = f"{', '.join(methods[:-1])} and {methods[-1]}"
+                raise ValueError(f"{key} belongs to {names}, not to {self.method}; leave it out")
+        low, high = self.bounds
+        for key, bound, side in (("low", max(low, 1), "above"), ("high", min(high, 1), "below")):
+            if bound != 1:
+                raise ValueError(f"{key} {bound:g} is {side} 1, which k is where nothing is to be corrected")
+        if not low < high:
+            raise ValueError(f"low {low:g} is not below high {high:g}")
         return self
 
 

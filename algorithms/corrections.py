@@ -67,20 +67,25 @@ def sequence_masked_weights(
     *,
     low: float,
     high: float,
+    cap: float,
     denominator: float,
 ) -> Weights:
-    """1, or 0 on every token of a sample whose geometric mean of k is outside of ``[low, high]``.
+    """``min(k, cap)``, or 0 on every token of a sample whose geometric mean of k is outside of ``[low, high]``.
 
-    (Geometric sequence masking: Liu, Li et al. 2025.) The mean, not the product: that would drop long samples for
-    their length. It is a mask only; multiply with ``truncated_weights`` to weigh what is left. Deviations in both
-    directions cancel within a sample.
+    (Geometric sequence masking: Liu, Li et al. 2025; with truncated weights of tokens it is verl's Geo-RS-Token-TIS,
+    by default with 0.999, 1.001 and a cap of 2.) The mean, not the product: that would drop long samples for their
+    length. Deviations in both directions cancel within a sample, so its mean is far nearer to 1 than a token's k is,
+    about ``s / sqrt(tokens)`` for a standard deviation of s, and bounds for tokens would never mask a sample.
     """
     log_k_T = _log_ratio(proximal_logprobs_T, rollout_logprobs_T)
+    if not cap > 0:
+        raise AlgorithmError(f"weights are truncated at {cap}; a cap is above 0")
+    k_T = log_k_T.exp()
     # Of the log ratios as they are: a single token cut at MAX_LOG_RATIO would move the mean.
     means_N = sample_means((proximal_logprobs_T - rollout_logprobs_T).detach(), offsets)
     outside_T = spread(_outside(means_N.exp(), low, high), offsets)
-    ones_T = torch.ones_like(log_k_T).masked_fill(spread(means_N.isnan(), offsets), torch.nan)
-    return _weights(ones_T.masked_fill(outside_T, 0), outside_T, log_k_T, denominator)
+    kept_T = k_T.clamp(max=cap).masked_fill(spread(means_N.isnan(), offsets), torch.nan)
+    return _weights(kept_T.masked_fill(outside_T, 0), outside_T | (k_T > cap), log_k_T, denominator)
 
 
 def decoupled_policy_loss(

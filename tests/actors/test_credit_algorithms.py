@@ -131,7 +131,10 @@ def test_overlong_responses_are_penalised_and_truncated_ones_masked() -> None:
         ({"method": "truncated", "cap": 1.5}, lambda k, mean: min(k, 1.5)),
         ({"method": "masked", "low": 0.5, "high": 2.0}, lambda k, mean: k if 0.5 <= k <= 2 else 0.0),
         ({"method": "decoupled", "cap": 3.0}, lambda k, mean: k if k <= 3 else 0.0),
-        ({"method": "sequence_masked", "low": 0.7, "high": 1.4}, lambda k, mean: float(0.7 <= mean <= 1.4)),
+        (
+            {"method": "sequence_masked", "low": 0.7, "high": 1.4, "cap": 1.5},
+            lambda k, mean: min(k, 1.5) if 0.7 <= mean <= 1.4 else 0.0,
+        ),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )
@@ -145,8 +148,7 @@ def test_corrections_weigh_tokens_by_who_drew_them(correction: dict[str, Any], w
         ks = [math.exp(p - q) for p, q in zip(s.policy_logprobs, s.rollout_logprobs, strict=True)]
         mean = math.exp(sum(map(math.log, ks)) / len(ks))
         weights += [weigh(k, mean) for k in ks]
-        plain = 1.0 if correction["method"] == "sequence_masked" else None
-        touched += sum(weigh(k, mean) != (k if plain is None else plain) for k in ks)
+        touched += sum(weigh(k, mean) != k for k in ks)
     assert flat(credit, "loss_weights") == approx(weights)
     assert flat(credit, "behaviour_logprobs") == [number for s in samples for number in s.policy_logprobs]
     assert 0 < touched < sum(LENGTHS)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from algorithms import policy_losses
 from algorithms.bundles import ALGORITHMS, POLICY_LOSSES, Algorithm, CreditInputs, LossInputs, algorithm_of
-from algorithms.config import KLConfig, OnlineConfig, PolicyLossName
+from algorithms.config import CorrectionConfig, KLConfig, OnlineConfig, PolicyLossName
 from algorithms.errors import AlgorithmError
 from algorithms.needs import BUILT_IN, Needs, needs_of
 
@@ -94,8 +94,13 @@ def test_keys_that_mean_nothing_are_refused_where_they_are_changed(name: str) ->
         ({"policy_loss": "cispo"}, "policy_loss cispo needs clip_high"),
         ({"policy_loss": "reinforce", "clip_low": 0.1}, "no ratio to clip"),
         ({"correction": {"method": "truncated", "low": 0.1}}, "low belongs to masked and sequence_masked"),
-        ({"correction": {"cap": 3.0}}, "cap belongs to truncated and decoupled, not to none"),
-        ({"correction": {"method": "masked", "low": 6.0}}, "low 6 is not below high 5"),
+        ({"correction": {"cap": 3.0}}, "cap belongs to truncated, decoupled and sequence_masked, not to none"),
+        ({"correction": {"method": "masked", "cap": 3.0}}, "cap belongs to truncated, decoupled and sequence_masked"),
+        ({"correction": {"method": "decoupled", "high": 3.0}}, "high belongs to masked and sequence_masked"),
+        ({"correction": {"method": "masked", "low": 6.0}}, "low 6 is above 1"),
+        ({"correction": {"method": "sequence_masked", "low": 1.0005}}, "low 1.0005 is above 1"),
+        ({"correction": {"method": "sequence_masked", "high": 0.9995}}, "high 0.9995 is below 1"),
+        ({"correction": {"method": "masked", "low": 1.0, "high": 1.0}}, "low 1 is not below high 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], what: str) -> None:
@@ -108,6 +113,20 @@ def test_bounds() -> None:
     assert OnlineConfig(clip_high=0.28).clip_bounds == (0.2, 0.28)
     assert OnlineConfig(policy_loss="gspo").clip_bounds == (3e-4, 4e-4)
     assert OnlineConfig(policy_loss="cispo", clip_high=4.0).clip_bounds == (1.0, 4.0)
+
+
+def test_bounds_of_a_correction() -> None:
+    """A geometric mean over a sample stays far nearer to 1 than a token's k."""
+
+    def bounds(**correction: Any) -> tuple[float, float]:
+        return OnlineConfig.model_validate({"correction": correction}).correction.bounds
+
+    assert bounds(method="masked") == (0.5, 5.0)
+    assert bounds(method="sequence_masked") == (0.999, 1.001)
+    assert bounds(method="sequence_masked", low=0.99) == (0.99, 1.001)
+    assert bounds(method="masked", low=0.0, high=2.0) == (0.0, 2.0)
+    again = CorrectionConfig.model_validate(CorrectionConfig(method="sequence_masked").model_dump())
+    assert again.bounds == (0.999, 1.001)
 
 
 def test_a_correction_has_log_probs_recomputed() -> None:

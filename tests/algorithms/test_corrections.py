@@ -39,7 +39,9 @@ def evaluate(name: str, proximal_T: Tensor, rollout_T: Tensor, offsets: Tensor, 
         return truncated_weights(proximal_T, rollout_T, cap=2.0, denominator=denominator)
     if name == "masked":
         return masked_weights(proximal_T, rollout_T, low=0.5, high=2.0, denominator=denominator)
-    return sequence_masked_weights(proximal_T, rollout_T, offsets, low=0.8, high=1.25, denominator=denominator)
+    return sequence_masked_weights(
+        proximal_T, rollout_T, offsets, low=0.8, high=1.25, cap=2.0, denominator=denominator
+    )
 
 
 def slow_weights(name: str, proximal: list[float], rollout: list[float]) -> tuple[list[float], list[bool]]:
@@ -53,24 +55,24 @@ def slow_weights(name: str, proximal: list[float], rollout: list[float]) -> tupl
     for k in ratios:
         product *= k
     inside = 0.8 <= product ** (1 / len(ratios)) <= 1.25
-    return [float(inside)] * len(ratios), [not inside] * len(ratios)
+    return [min(k, 2.0) if inside else 0.0 for k in ratios], [k > 2 or not inside for k in ratios]
 
 
 def test_by_hand() -> None:
-    """k 0.4, 1.5, 4 | 1, over samples of 3 and 1. The first's geometric mean is 2.4^(1/3) = 1.34, outside."""
-    k_T = torch.tensor([0.4, 1.5, 4.0, 1.0], dtype=torch.float64)
+    """k 0.4, 1.5, 4 | 0.6, 2.5: geometric means 2.4^(1/3) = 1.34, outside of 0.8 to 1.25, and 1.5^(1/2) = 1.22."""
+    k_T = torch.tensor([0.4, 1.5, 4.0, 0.6, 2.5], dtype=torch.float64)
     rollout_T = torch.full_like(k_T, -1)
-    proximal_T, offsets = rollout_T + k_T.log(), torch.tensor([0, 3, 4])
-    kl = sum(k - 1 - math.log(k) for k in (0.4, 1.5, 4.0)) / 4
+    proximal_T, offsets = rollout_T + k_T.log(), torch.tensor([0, 3, 5])
+    kl = sum(k - 1 - math.log(k) for k in k_T.tolist()) / 5
     expected = {
-        "truncated": ([0.4, 1.5, 2.0, 1.0], 0.25),
-        "masked": ([0.0, 1.5, 0.0, 1.0], 0.5),
-        "sequence_masked": ([0.0, 0.0, 0.0, 1.0], 0.75),
+        "truncated": ([0.4, 1.5, 2.0, 0.6, 2.0], 0.4),
+        "masked": ([0.0, 1.5, 0.0, 0.6, 0.0], 0.6),
+        "sequence_masked": ([0.0, 0.0, 0.0, 0.6, 2.0], 0.8),
     }
     for name, (weights, fraction) in expected.items():
-        got_T, metrics = evaluate(name, proximal_T, rollout_T, offsets, 4)
+        got_T, metrics = evaluate(name, proximal_T, rollout_T, offsets, 5)
         assert got_T.tolist() == pytest.approx(weights)
-        wanted = {"correction_fraction": fraction, "correction_weight": sum(weights) / 4, "correction_kl": kl}
+        wanted = {"correction_fraction": fraction, "correction_weight": sum(weights) / 5, "correction_kl": kl}
         assert {key: float(metric) for key, metric in metrics.items()} == pytest.approx(wanted)
 
 
@@ -147,9 +149,17 @@ def test_one_token_far_off_counts_in_full_for_its_sample() -> None:
     proximal_T = torch.zeros(60)
     proximal_T[7] = 40
     weights_T, _ = sequence_masked_weights(
-        proximal_T, torch.zeros(60), torch.tensor([0, 60]), low=0.7, high=1.4, denominator=60
+        proximal_T, torch.zeros(60), torch.tensor([0, 60]), low=0.7, high=1.4, cap=2.0, denominator=60
     )
     assert weights_T.tolist() == [0.0] * 60
+
+
+def test_a_nan_spoils_its_sample_and_no_other() -> None:
+    proximal_T = torch.tensor([0.0, torch.nan, 0.1, 0.0])
+    weights_T, _ = sequence_masked_weights(
+        proximal_T, torch.zeros(4), torch.tensor([0, 2, 4]), low=0.9, high=1.2, cap=2.0, denominator=4
+    )
+    assert weights_T.isnan().tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,23 +178,36 @@ def test_bounds_refused() -> None:
     two, offsets = torch.zeros(2), torch.tensor([0, 2])
     with pytest.raises(AlgorithmError, match="a cap is above 0"):
         truncated_weights(two, two, cap=0.0, denominator=1)
+    with pytest.raises(AlgorithmError, match="a cap is above 0"):
+        sequence_masked_weights(two, two, offsets, low=0.5, high=2.0, cap=0.0, denominator=1)
     for low, high in ((2.0, 0.5), (-1.0, 2.0), (math.nan, 1.0)):
         with pytest.raises(AlgorithmError, match="the bounds must rise, from 0 or more"):
             masked_weights(two, two, low=low, high=high, denominator=1)
         with pytest.raises(AlgorithmError, match="the bounds must rise, from 0 or more"):
-            sequence_masked_weights(two, two, offsets, low=low, high=high, denominator=1)
+            sequence_masked_weights(two, two, offsets, low=low, high=high, cap=2.0, denominator=1)
     with pytest.raises(ShapeMismatch, match="must rise from 0 to the 2 tokens"):
-        sequence_masked_weights(two, two, torch.tensor([0, 1]), low=0.5, high=2.0, denominator=1)
+        sequence_masked_weights(two, two, torch.tensor([0, 1]), low=0.5, high=2.0, cap=2.0, denominator=1)
 
 
-def test_importance_weights_make_the_gradient_that_of_the_policy() -> None:
-    """Over all actions, as often as another policy draws them: with a cap that none reaches, E_q[k A grad log p]."""
+def weigh_all(name: str, policy: Tensor, rollout: Tensor) -> Weights:
+    """Each action a sample of one token; neither cap nor bounds are reached."""
+    if name == "truncated":
+        return truncated_weights(policy, rollout, cap=100.0, denominator=1)
+    if name == "masked":
+        return masked_weights(policy, rollout, low=0.0, high=100.0, denominator=1)
+    offsets = torch.arange(len(policy) + 1)
+    return sequence_masked_weights(policy, rollout, offsets, low=0.0, high=100.0, cap=100.0, denominator=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_importance_weights_make_the_gradient_that_of_the_policy(name: str) -> None:
+    """Over all actions, as often as another policy draws them: E_q[k A grad log p]."""
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     rewards = torch.tensor([1.0, 5.0, -2.0], dtype=torch.float64)
     rollout = torch.tensor([0.1, 0.5, -0.3], dtype=torch.float64).log_softmax(0)
     policy = logits.log_softmax(0)
     (expected,) = torch.autograd.grad(-(policy.exp() * rewards).sum(), logits, retain_graph=True)
-    weights, metrics = truncated_weights(policy, rollout, cap=100.0, denominator=1)
+    weights, metrics = weigh_all(name, policy, rollout)
     loss, _ = reinforce_loss(policy, policy.detach(), rewards, weights_T=weights * rollout.exp(), denominator=1)
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
     assert float(metrics["correction_fraction"]) == 0
