@@ -56,6 +56,12 @@ class CheckpointError(LaunchError):
     exit_code = 1
 
 
+class DataChanged(LaunchError):
+    """Files of data were not the same when they were read again."""
+
+    exit_code = 1
+
+
 class RewardsDown(LaunchError):
     """Prompt after prompt in the same place of a batch could not be scored."""
 

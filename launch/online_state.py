@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -24,6 +24,7 @@ from launch.evaluation_state import EvaluationState, write_best
 
 if TYPE_CHECKING:
     from actors.source import BatchInfo, SourceDescription
+    from algorithms.config import KLConfig
     from experience.buffer import BufferState
     from launch.buffered import Scored
     from launch.checkpoint import CheckpointStore
@@ -117,7 +118,7 @@ class OnlineState:
 
     @classmethod
     def read(cls, config: OnlineRunConfig, store: CheckpointStore, checkpoint: Path) -> OnlineState:
-        """The state that a checkpoint holds."""
+        """The state that a checkpoint holds, with the KL coefficient of the configuration where none is steered."""
         saved = json.loads((checkpoint / STATE_FILE).read_text())
         kl = config.algorithm.kl
         ready = set(saved["buffered"])
@@ -127,7 +128,7 @@ class OnlineState:
             iteration=saved["iteration"],
             cursor=saved["cursor"],
             fingerprint=saved["data_fingerprint"],
-            kl=KLController(saved["kl_coefficient"], kl.target, kl.horizon_samples),
+            kl=KLController(_kl_coefficient(kl, saved), kl.target, kl.horizon_samples),
             ledger=_unfinished_requeued(checkpoint / LEDGER_FILE, ready),
             pretraining=None if (text := saved["pretraining"]) is None else TextPlace(**text),
             evaluation=EvaluationState.from_json(saved["evaluation"]),
@@ -209,6 +210,7 @@ class OnlineState:
             "data_fingerprint": self.fingerprint,
             "models": self.models,
             "kl_coefficient": self.kl.coefficient,
+            "kl_coefficient_begun_at": self._config.algorithm.kl.coefficient,
             "buffered": sorted(ready),
             "pretraining": None if self.pretraining is None else asdict(self.pretraining),
             "evaluation": self.evaluation.to_json(),
@@ -227,6 +229,14 @@ class OnlineState:
             (folder / STATE_FILE).write_text(json.dumps(state))
         if best is not None:
             write_best(best, self._store.of(best.iteration))
+
+
+def _kl_coefficient(kl: KLConfig, saved: Mapping[str, Any]) -> float:
+    """The coefficient to go on with: the one steered to, unless none is steered or steering is to begin elsewhere."""
+    began_at = saved.get("kl_coefficient_begun_at", kl.coefficient)  # older checkpoints do not say
+    if kl.target is None or began_at != kl.coefficient:
+        return kl.coefficient
+    return float(saved["kl_coefficient"])
 
 
 def _unfinished_requeued(file: Path, ready: set[int]) -> Ledger:

@@ -4,6 +4,7 @@ Invariants:
 
 - The file's name is a digest of the rows, of the model that scored them and of the version of the code that did, so
   what is found under it can be used, by later epochs, resumes and runs alike.
+- A run trains on the very rows that were scored, though a source of its own reads them for either.
 - Batches and columns go between the roles by reference; this process sees their digests and row counts.
 """
 
@@ -22,6 +23,7 @@ from actors.source import SourceActor, SourceDescription
 from cluster.group import Ref, RoleGroup
 from data.mismatch import MISMATCH_VERSION
 from launch.config import LearnerRunConfig
+from launch.errors import DataChanged
 from launch.roles import ReferenceRoles, SupervisedRoles
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,21 @@ def kept_as(data: SourceDescription, model: str) -> str:
     if data.kind == "feedback":
         versions += f" mismatched {MISMATCH_VERSION}"
     return f"{xxhash.xxh3_128(f'{data.digest} {model} {versions}'.encode()).hexdigest()}.arrow"
+
+
+def require_scored(scored: SourceDescription, trained_on: SourceDescription) -> None:
+    """Refuse to train on other rows than those that the reference scored: the source reads the files once for each.
+
+    Raises:
+        DataChanged: the rows are others, or in another order.
+    """
+    if scored.digest != trained_on.digest:
+        before, now = ("; ".join(str(counts) for counts in data.counts) for data in (scored, trained_on))
+        raise DataChanged(
+            f"the data have changed while the run began: the reference scored {before}, and training reads {now} "
+            f"(digest {scored.digest[:12]} then, {trained_on.digest[:12]} now), so that its log-probs are of other "
+            "rows; leave the files and the tokenizer as they are, and start again"
+        )
 
 
 async def score_by_role(roles: ReferenceRoles, model: str, runs: Path) -> Path:

@@ -1,7 +1,7 @@
 """What a resume asks: that data and models are still those that the checkpoint was made with.
 
-A checkpoint holds what was trained. What an adapter stands on, and what the learner is compared with, it names by
-digests (see ``actors.identity``).
+A checkpoint holds what was trained. What an adapter stands on, what the learner is compared with, and the initial model
+that a baseline answers with, it names by digests (see ``actors.identity``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from launch.errors import CheckpointError
 
 #: The role whose model others are compared with; the other roles are trained, and named where they have an adapter.
 REFERENCE = "reference"
+#: The role whose engines keep the weights that the policy begins with, which a resume reads anew.
+BASELINE = "baseline"
 
 
 def require_same_data(fingerprint: str, description: SourceDescription, checkpoint: Path) -> None:
@@ -37,8 +39,8 @@ def require_same_models(
     """Refuse to go on upon another base, or compared with another reference.
 
     Args:
-        saved: digests of the models that the checkpoint was made with, by role: of the reference, and of the base of
-            each trained role that has an adapter.
+        saved: digests of the models that the checkpoint was made with, by role: of the reference, of the initial
+            model that a baseline answers with, and of the base of each trained role that has an adapter.
         found: of those that there are now.
 
     Raises:
@@ -54,7 +56,7 @@ def require_same_model(role: str, before: str | None, now: str | None, config: B
     Raises:
         CheckpointError: as there.
     """
-    if before == now or (role == REFERENCE and None in (before, now)):
+    if before == now or (role in (REFERENCE, BASELINE) and None in (before, now)):
         return
     if before is None or now is None:
         had, wanted = ("an adapter", "none") if now is None else ("no adapter", "one")
@@ -62,10 +64,12 @@ def require_same_model(role: str, before: str | None, now: str | None, config: B
             f"{checkpoint}: {role} was trained with {had}, and {role}.tuning.method now asks for {wanted}; set it "
             "back, or start a new run"
         )
-    # A learner that refers to its own start has no section `reference`.
-    section = role if getattr(config, role, None) is not None else "learner"
+    section = "policy" if role == BASELINE else role
+    if getattr(config, section, None) is None:  # a learner that refers to its own start has no section `reference`
+        section = "learner"
     path = getattr(config, section).model.path
-    what = "the reference" if role == REFERENCE else f"the base of the adapter of {role}"
+    compared = {REFERENCE: "the reference", BASELINE: "the initial model, which baseline answers with,"}
+    what = compared.get(role, f"the base of the adapter of {role}")
     raise CheckpointError(
         f"{what} is not the one that {checkpoint} was made with: what is at {section}.model.path ({path}) has changed "
         f"since, or its dtype, attention or tuning.method has (digest {before[:12]} then, {now[:12]} now); give back "

@@ -25,8 +25,8 @@ from launch.online_state import OnlineState
 from launch.progress import Progress
 from launch.publish import publish_weights
 from launch.recorder import Recorder
-from launch.reference_pass import score_by_learner, score_by_role
-from launch.resuming import REFERENCE, require_same_data, require_same_model, require_same_models
+from launch.reference_pass import require_scored, score_by_learner, score_by_role
+from launch.resuming import BASELINE, REFERENCE, require_same_data, require_same_model, require_same_models
 from launch.roles import OnlineRoles, online_roles, reference_roles, supervised_roles
 from launch.rundir import RunDir
 from launch.stopping import StopRequest
@@ -75,18 +75,22 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
     checkpoint = store.latest() if resume else None
     saved = None if checkpoint is None else SupervisedState.read(checkpoint)
     models: dict[str, str] = {}
-    reference = None
+    reference = scored = None
     if isinstance(config, ReferredRunConfig) and config.reference is not None:
         # A block of its own: its roles have given their places back before the learner takes its own.
         async with reference_roles(config, run_dir.logs) as scoring:
-            require_usable(config, await scoring.source.call_one(0, SourceActor.describe))
+            scored = await scoring.source.call_one(0, SourceActor.describe)
+            require_usable(config, scored)
             models[REFERENCE] = (await scoring.reference.call(DataReferenceActor.model_digest))[0]
             if checkpoint is not None and saved is not None:
+                require_same_data(saved.fingerprint, scored, checkpoint)
                 require_same_model(REFERENCE, saved.models.get(REFERENCE), models[REFERENCE], config, checkpoint)
             reference = await score_by_role(scoring, models[REFERENCE], run_dir.path.parent)
     async with supervised_roles(config, run_dir.logs) as roles:
         description = await roles.source.call_one(0, SourceActor.describe)
         require_usable(config, description)
+        if scored is not None:
+            require_scored(scored, description)
         measured = await draw_measured(config, roles)
         num_updates = SupervisedState.planned_updates(config, description.num_rows)
         refers_to_itself = reference is None and config.algorithm.needs_reference
@@ -153,16 +157,23 @@ async def _online(config: OnlineRunConfig, run_dir: RunDir, resume: bool, stop: 
 
 
 async def _models_outside(config: OnlineRunConfig, roles: OnlineRoles) -> dict[str, str]:
-    """Digests of the models that checkpoints do not hold: the reference, and the bases of adapters. Before a load."""
+    """Digests of the models that checkpoints do not hold. To be called before a load.
+
+    They are the reference, the bases of adapters, and the policy as it begins where a baseline answers with that.
+    """
+    has_adapter, has_baseline = config.policy.tuning.has_adapter, roles.baseline is not None
     asked: dict[str, Awaitable[list[str]]] = {}
     if roles.reference is not None:
         asked[REFERENCE] = roles.reference.call(ReferenceActor.model_digest)
-    if config.policy.tuning.has_adapter:
+    if has_adapter or has_baseline:
         asked["policy"] = roles.policy.call(PolicyActor.model_digest)
     if roles.critic is not None and config.critic is not None and config.critic.tuning.has_adapter:
         asked["critic"] = roles.critic.call(CriticActor.model_digest)
     digests = await asyncio.gather(*asked.values())
-    return {role: of_ranks[0] for role, of_ranks in zip(asked, digests, strict=True)}
+    models = {role: of_ranks[0] for role, of_ranks in zip(asked, digests, strict=True)}
+    if has_baseline:
+        models[BASELINE] = models["policy"] if has_adapter else models.pop("policy")
+    return models
 
 
 async def _export_best(roles: OnlineRoles, checkpoint: Path, place: Path) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.source import SourceDescription
+from algorithms.kl import KLController
 from data.build import Counts
+from experience.ledger import Ledger
+from launch.config import OnlineRunConfig
 from launch.configfile import load
 from launch.errors import CheckpointError
+from launch.online_state import OnlineState
 from launch.reference_pass import kept_as
 from launch.resuming import require_same_data, require_same_models
+from tests.launch.test_online_driver import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -60,6 +66,37 @@ def test_a_resume_needs_the_models_it_began_with() -> None:
         require_same_models({}, saved, config, checkpoint)
     # Whether there is a reference is the configuration's to say.
     require_same_models({"learner": "a" * 32}, saved, config, checkpoint)
+
+
+async def test_a_resume_has_the_kl_coefficient_that_was_steered_to_or_the_one_that_was_changed(tmp_path: Path) -> None:
+    """A fixed one is the configuration's. One that was steered goes on, unless where steering begins was changed."""
+    run = Run(tmp_path, "dr_grpo", lambda prompt: False)
+    nothing: Any = {"version": 1, "batch_rows": 8, "chunks": []}
+
+    def told(kl: str) -> OnlineRunConfig:
+        config = load(EXAMPLES / "ppo.yaml", [f"algorithm.kl={{{kl}}}"])
+        assert isinstance(config, OnlineRunConfig)
+        return config
+
+    async def resumed(before: str, steered: float, now: str) -> float:
+        begun = told(before)
+        kl = begun.algorithm.kl
+        state = OnlineState(
+            begun, run.store, iteration=1, cursor="0", fingerprint="", ledger=Ledger(),
+            kl=KLController(steered, kl.target, kl.horizon_samples),
+        )
+        await state.save(run.roles, nothing, [])
+        found = OnlineState.read(told(now), run.store, run.store.latest() or tmp_path)
+        return found.kl.coefficient
+
+    fixed, steering = "coefficient: 0.1", "coefficient: 0.1, target: 6"
+    assert await resumed(fixed, 0.1, fixed) == 0.1
+    assert await resumed(fixed, 0.1, "coefficient: 0.2") == 0.2
+    assert await resumed(steering, 0.07, steering) == 0.07
+    assert await resumed(steering, 0.07, "coefficient: 0.1, target: 9") == 0.07
+    assert await resumed(steering, 0.07, "coefficient: 0.2, target: 6") == 0.2
+    assert await resumed(steering, 0.07, fixed) == 0.1
+    assert await resumed(fixed, 0.1, "coefficient: 0.2, target: 6") == 0.2
 
 
 def test_what_is_kept_of_a_reference_is_of_data_model_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
