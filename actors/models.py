@@ -5,7 +5,8 @@ Invariants:
 - A packed model takes sequences laid end to end, with positions that restart at 0, and gives each token what it
   would get alone. Where an architecture cannot keep packed sequences apart (it takes no position ids, or carries a
   state from token to token, or lets attention cross the border), ``PackedModel`` runs the same pack as a padded
-  batch instead; callers see no difference. Which of the two is found out once, by trying, at load.
+  batch instead; callers see no difference. Which of the two is found out once, by trying, at load. A sequence so long
+  that it changes its mates in either layout is refused (see ``actors.positions``).
 - A model computes what its makers' does, or is refused: no attention is taken that leaves part of it out.
 - Dropout is off everywhere: the model stays in evaluation mode, and every dropout rate is 0 besides. (Adapters, which
   ``actors.tuning`` adds later, may have their own.)
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from actors.config import ModelConfig
 from actors.errors import ModelError
 from actors.padded import run_padded
+from actors.positions import flash_boundaries, require_apart, rotary_limit
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.network = network
         self.padded = False
+        self._limit = rotary_limit(network.config)
         self.tokens_first = False
         """Whether the decoder gives (L, B, hidden), as ChatGLM's own code does."""
 
@@ -60,12 +63,14 @@ class PackedModel(nn.Module):
 
     def _run(self, module: nn.Module, tokens_T: Tensor, position_ids_T: Tensor, **arguments: object) -> Any:
         """Call ``module`` on the pack as one row without mask: positions that restart tell sequences apart."""
+        require_apart(self._limit, position_ids_T)
         if self.config._attn_implementation == "flash_attention_2":
-            arguments |= _flash_boundaries(position_ids_T)
+            arguments |= flash_boundaries(position_ids_T)
         return module(input_ids=tokens_T[None], position_ids=position_ids_T[None], use_cache=False, **arguments)
 
     def _run_padded(self, run: Callable[[Tensor, Tensor], Tensor], tokens_T: Tensor, position_ids_T: Tensor) -> Tensor:
         """Call ``run`` on the pack as padded batches: see ``run_padded``."""
+        require_apart(self._limit, position_ids_T)
         # Of a sharded parameter DeepSpeed keeps the whole shape.
         sharded = hasattr(next(self.network.parameters()), "ds_shape")
         return run_padded(run, tokens_T, position_ids_T, sharded=sharded)
@@ -224,13 +229,23 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
     Raises:
         ModelError: the architecture does not offer it.
     """
+    require_gradient_checkpointing(model)
     network: Any = model.network
-    if not network.supports_gradient_checkpointing:
-        raise ModelError(f"{type(network).__name__} does not support gradient checkpointing")
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in network.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+
+
+def require_gradient_checkpointing(model: PackedModel) -> None:
+    """Whether the architecture offers it. Weights are not looked at: ``outline`` will do.
+
+    Raises:
+        ModelError: it does not.
+    """
+    network: Any = model.network
+    if not network.supports_gradient_checkpointing:
+        raise ModelError(f"{type(network).__name__} does not support gradient checkpointing")
 
 
 def explained(error: Exception) -> str:
@@ -383,17 +398,3 @@ def _probe(model: PackedModel, length: int, factor: int, device: torch.device) -
 def _close(states: Tensor, others: Tensor) -> bool:
     tolerance = _FORWARD_TOLERANCE[states.dtype] * float(states.abs().max())
     return float((others - states).abs().max()) <= tolerance
-
-
-def _flash_boundaries(position_ids_T: Tensor) -> dict[str, object]:
-    """Flash attention's own description of a pack, once for all layers (each would look for the borders again)."""
-    starts = (position_ids_T == 0).nonzero()[:, 0]
-    ends = starts.new_full((1,), len(position_ids_T))
-    boundaries = torch.cat([starts, ends]).to(torch.int32)
-    longest = int(position_ids_T.max()) + 1
-    return {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }

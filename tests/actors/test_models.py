@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,56 @@ def test_scores_of_a_bfloat16_model_are_not_rounded_to_bfloat16(models: Path) ->
     scores.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(weight.grad, states.double().sum(0, keepdim=True).bfloat16())
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 16}},
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    ],
+    ids=["longrope", "longrope by the model", "dynamic"],
+)
+@pytest.mark.parametrize("head", ["causal", "score"])
+def test_a_sequence_that_would_change_its_pack_mates_is_refused(
+    head: str, changes: dict[str, Any], padded: bool, tmp_path: Path
+) -> None:
+    """Some rotary embeddings take their frequencies from the longest sequence of a forward."""
+    folder = tiny_models.write(tmp_path / "llama", "llama", head)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    config = ModelConfig(path=str(folder), dtype="float32")
+    model: PackedModel = load_causal_lm(config) if head == "causal" else load_scorer(config)
+    model.padded = padded
+    row, long = torch.arange(2, 12), torch.arange(60) % 50 + 2
+    alone = model(row, torch.arange(10))
+    together = model(torch.cat([row, long[:16]]), torch.cat([torch.arange(10), torch.arange(16)]))
+    torch.testing.assert_close(together[:10], alone, rtol=1e-4, atol=1e-5)
+    refusal = r"rotary embeddings: a sequence of more than 16 tokens .* one here has 60; lower data\.max_tokens"
+    with pytest.raises(ModelError, match=refusal):
+        model(torch.cat([row, long]), torch.cat([torch.arange(10), torch.arange(60)]))
+    with pytest.raises(ModelError, match="one here has 17"):
+        model(long[:17], torch.arange(17))
+    torch.testing.assert_close(model(row, torch.arange(10)), alone, msg="what came before is remembered")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LONGROPE | {"short_factor": [4.0] * 4, "original_max_position_embeddings": 16},
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16},
+    ],
+    ids=["longrope at its long factors", "yarn"],
+)
+def test_frequencies_that_are_the_same_at_every_length_have_no_limit(rope: dict[str, Any], tmp_path: Path) -> None:
+    model = load_causal_lm(
+        ModelConfig(path=str(tiny_models.write(tmp_path / "llama", "llama", rope_parameters=rope)), dtype="float32")
+    )
+    row, long = torch.arange(2, 12), torch.arange(60) % 50 + 2
+    together = model(torch.cat([row, long]), torch.cat([torch.arange(10), torch.arange(60)]))
+    torch.testing.assert_close(together[:10], model(row, torch.arange(10)), rtol=1e-4, atol=1e-5)
