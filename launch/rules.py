@@ -21,6 +21,7 @@ from launch.evaluation_rules import EVALUATION_RULES
 from launch.online_rules import ROLE_RULES
 from launch.reward_rules import REWARD_RULES, by_place
 from launch.settings import OnlineSettings, RunSettings
+from launch.unread_rules import LEARNER_RULES, PROMPT_RULES
 
 Rule = Callable[..., Iterable[Problem]]
 
@@ -119,38 +120,6 @@ def _pack_holds(role: str, budget: int, longest: int, what: str) -> Iterator[Pro
     if budget < longest:
         yield Problem(
             f"{role}.max_tokens_per_pack", f"{budget} is less than {what} = {longest} tokens", f"at least {longest}"
-        )
-
-
-def columns_are_of_prompts(data: DataConfig) -> Iterator[Problem]:
-    """Rewards alone are given further columns, and prompts alone get rewards."""
-    if data.keep_columns:
-        yield Problem("data.keep_columns", "are what rewards are given, and this run has none", "leave it out")
-
-
-def margins_are_read(data: DataConfig, algorithm: LearningConfig) -> Iterator[Problem]:
-    """Only one loss asks for a margin."""
-    if isinstance(algorithm, RewardModelConfig):
-        loss, what = algorithm.loss, f"algorithm.loss {algorithm.loss}"
-    else:
-        loss, what = None, algorithm.name
-    if loss != "ranking":
-        yield from _unread_margins("data.margins", data, what)
-
-
-def margins_are_of_comparisons(
-    data: DataConfig, pretraining_data: DataConfig | None, algorithm: OnlineConfig
-) -> Iterator[Problem]:
-    """What samples are drawn for, and text beside them, has none."""
-    yield from _unread_margins("data.margins", data, algorithm.name)
-    if pretraining_data is not None:
-        yield from _unread_margins("pretraining_data.margins", pretraining_data, algorithm.name)
-
-
-def _unread_margins(where: str, data: DataConfig, reader: str) -> Iterator[Problem]:
-    if data.margins != "none":
-        yield Problem(
-            where, f"are asked for by a reward model's loss `ranking` alone, and this is {reader}", "leave it out"
         )
 
 
@@ -353,8 +322,8 @@ ONLINE_RULES: tuple[Rule, ...] = (
     weights_can_travel,
     adapter_can_travel,
     colocation,
-    margins_are_of_comparisons,
+    *PROMPT_RULES,
 )
 SUPERVISED_RULES: tuple[Rule, ...] = (
-    examples_fit, columns_are_of_prompts, margins_are_read, evaluation_has_data, learner_suits_device
+    examples_fit, *LEARNER_RULES, evaluation_has_data, learner_suits_device
 )
