@@ -6,6 +6,7 @@ updates are queued at the learner, so its ranks go from one update to the next w
 Invariants:
 
 - Updates happen in order, each on the batch that the cursor named, whatever was queued.
+- Nothing is drawn beyond ``num_epochs``: the last batch is what is left of them, and may be thin.
 - Everything queued has been awaited before an evaluation, a checkpoint or the end, so what is saved is a state
   between two updates, and the cursor beside it is that of the next one.
 """
@@ -74,11 +75,14 @@ class SupervisedDriver:
         """Updates up to ``last``, the next one always queued behind the one that runs."""
         queue: deque[tuple[asyncio.Task[list[TrainReport]], str]] = deque()
         drawn, cursor = self._state.update, self._state.cursor
+        size = self._config.algorithm.batch_size
         try:
             while self._state.update < last:
                 while drawn < last and len(queue) < PIPELINE_DEPTH and not self._stop.requested:
+                    left = SupervisedState.rows_left(self._config, self._data.num_rows, cursor)
+                    # No row is left where a resumed run is asked for more updates than its rows make.
                     batch, info = await self._roles.source.column_of(
-                        0, SourceActor.next_batch, cursor, self._config.algorithm.batch_size
+                        0, SourceActor.next_batch, cursor, min(size, left or size)
                     )
                     train = self._roles.learner.call(LearnerActor.train, drawn, self._state.num_updates, batch)
                     queue.append((asyncio.create_task(train), info.next_cursor))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.learner import LearnerActor
+from data.order import Cursor
 from launch.config import LearnerRunConfig
 
 if TYPE_CHECKING:
@@ -47,10 +48,26 @@ class SupervisedState:
         self.num_updates = num_updates
 
     @staticmethod
-    def planned_updates(config: LearnerRunConfig, num_rows: int) -> int:
-        """Updates that ``num_epochs`` over ``num_rows`` rows give, at most ``run.num_iterations``."""
-        updates = math.ceil(config.algorithm.num_epochs * num_rows / config.algorithm.batch_size)
-        return max(1, min(updates, config.run.num_iterations or updates))
+    def planned_updates(
+        config: LearnerRunConfig, num_rows: int, progress: SupervisedProgress | None = None
+    ) -> int:
+        """Updates of the whole run: those that ``num_epochs`` over ``num_rows`` rows give, or ``run.num_iterations``.
+
+        The last one may have fewer rows than the others: those that are left.
+
+        Args:
+            progress: where a resumed run stands; from there on it goes by what ``config`` says now.
+        """
+        progress = progress or SupervisedProgress(0, Cursor().to_json(), "")
+        left = SupervisedState.rows_left(config, num_rows, progress.cursor)
+        updates = progress.update + math.ceil(left / config.algorithm.batch_size)
+        return min(updates, config.run.num_iterations or updates)
+
+    @staticmethod
+    def rows_left(config: LearnerRunConfig, num_rows: int, cursor: str) -> int:
+        """Rows of the ``num_epochs``, in all at least one, that are not drawn yet at ``cursor``."""
+        planned = max(1, round(config.algorithm.num_epochs * num_rows))
+        return max(0, planned - Cursor.from_json(cursor).drawn)
 
     @staticmethod
     def read(checkpoint: Path) -> SupervisedProgress:

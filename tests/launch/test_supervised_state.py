@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.order import Cursor
 from launch.checkpoint import CheckpointStore
 from launch.config import SupervisedRunConfig
 from launch.configfile import load
@@ -72,3 +73,25 @@ def test_updates_of_the_epochs(num_rows: int, updates: int) -> None:
     assert isinstance(config, SupervisedRunConfig)
     assert config.algorithm.num_epochs == 3 and config.algorithm.batch_size == 32
     assert SupervisedState.planned_updates(config, num_rows) == updates
+
+
+@pytest.mark.parametrize(("num_epochs", "num_rows", "planned"), [(1.1, 10, 11), (0.5, 7, 4), (3, 33, 99), (0.01, 3, 1)])
+def test_a_fraction_of_an_epoch_is_a_whole_number_of_rows(num_epochs: float, num_rows: int, planned: int) -> None:
+    config = load(SFT, [f"algorithm.num_epochs={num_epochs}", "algorithm.batch_size=1"])
+    assert isinstance(config, SupervisedRunConfig)
+    assert SupervisedState.planned_updates(config, num_rows) == planned
+    assert SupervisedState.rows_left(config, num_rows, "{}") == planned
+
+
+def test_a_resume_plans_what_is_left() -> None:
+    """With what the configuration says by now: the last batch of an epoch that had ended was a thin one."""
+    def planned(progress: SupervisedProgress, *overrides: str) -> int:
+        config = load(SFT, ["algorithm.num_epochs=1", *overrides])
+        assert isinstance(config, SupervisedRunConfig)
+        return SupervisedState.planned_updates(config, 42, progress)
+
+    one, two = (SupervisedProgress(update, Cursor(0, 0, drawn).to_json(), "f") for update, drawn in ((1, 32), (2, 42)))
+    assert planned(SupervisedProgress(0, "{}", "f")) == planned(one) == planned(two) == 2
+    assert planned(two, "algorithm.num_epochs=2") == 4
+    assert planned(one, "algorithm.batch_size=3") == 1 + 4
+    assert planned(two, "algorithm.num_epochs=2", "run.num_iterations=3") == 3
