@@ -56,7 +56,7 @@ WAYS: dict[str, tuple[str, ...]] = {
         "algorithm.clip_low=0.2",
         "algorithm.clip_high=0.28",
         "online.max_redraws=3",
-        "total.shaping=[{kind: overlong, margin_tokens: 2}]",
+        "total.shaping={long: {kind: overlong, margin_tokens: 2}}",
     ),
     "dr_grpo": ("methods/dr_grpo.yaml",),
     "rloo": ("methods/rloo.yaml",),

@@ -51,6 +51,7 @@ class Reason(StrEnum):
     UNREACHABLE = "unreachable"
     REFUSED = "refused"
     UNREADABLE = "unreadable"
+    TOO_LONG = "too_long"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ Answer: TypeAlias = float | RewardFailure
 
 
 class TextReward(Protocol):
-    """Whatever scores text. Rewards name it as their base."""
+    """Whatever scores text. Rewards name it as their base.
+
+    ``samples_per_call`` are those that have their answers together, or none: it does not pay to ask for fewer at a
+    time. A call of ``score`` may be cancelled: then it ends what works on its samples.
+    """
+
+    samples_per_call: int = 1
 
     async def score(self, samples: Sequence[RewardSample]) -> list[Answer]:
         """One answer for each sample, in their order.

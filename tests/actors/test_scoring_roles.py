@@ -148,6 +148,30 @@ def test_another_tokenizer_gets_the_text_again(models: Path, tmp_path: Path) -> 
         assert model(row, torch.arange(len(row)))[-1].item() == pytest.approx(score, abs=1e-5)
 
 
+def test_a_sample_that_another_tokenizer_makes_too_long_is_a_failure(models: Path, tmp_path: Path) -> None:
+    """The policy has one token for it; the reward model spells it, letter by letter, into more than a pack holds."""
+    folder = tiny_models.write(tmp_path / "score", "llama", head="score")
+    tiny_models.tokenizer(backwards=True).save_pretrained(folder)
+    policy = tiny_models.write(tmp_path / "policy", "llama")
+    whole = tiny_models.tokenizer()
+    whole.add_tokens(["A" * 200])
+    whole.save_pretrained(policy)
+    texts = ["AB", "A" * 200, "42!"]
+    tokens = [whole(text)["input_ids"] for text in texts]
+    assert len(tokens[1]) == 1
+    batch = rollout(3)
+    batch = batch.set_column(2, batch.schema.field("tokens"), pa.array(tokens, batch.schema.field("tokens").type))
+    column, info = programs.reward(context(), folder, policy).score([batch])
+    scores = column.column("score").to_pylist()
+    model, theirs = load_scorer(ModelConfig(path=str(folder), dtype="float32")), tiny_models.tokenizer(backwards=True)
+    for at in (0, 2):
+        row = torch.tensor(theirs(texts[at])["input_ids"])
+        assert model(row, torch.arange(len(row)))[-1].item() == pytest.approx(scores[at], abs=1e-5)
+    assert scores[1] != scores[1] and info.num_retried == 0
+    assert info.num_failures == info.num_failed_tries == {"too_long": 1}
+    assert "200 tokens of the model" in info.failures[0].detail and info.failures[0].sample_id == 1
+
+
 def test_a_score_that_is_no_number_is_a_failure(
     models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
