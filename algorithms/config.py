@@ -37,7 +37,9 @@ class KLConfig(_Frozen):
         None, description="Adaptive controller (Ziegler 2019): KL per sample, summed over tokens, in nats, that the "
         "coefficient is steered to; none keeps the coefficient fixed."
     )
-    horizon_samples: PositiveInt = Field(10_000, description="Samples over which the adaptive coefficient moves.")
+    horizon_samples: PositiveInt = Field(
+        10_000, description="With target: samples over which the coefficient moves. Above a fifth of a batch."
+    )
 
     @property
     def estimator_used(self) -> Literal["k1", "k2", "k3"]:
@@ -251,7 +253,10 @@ class LearningConfig(_Frozen):
     """What all ways of learning from a data set have."""
 
     name: str
-    num_epochs: PositiveFloat = Field(1.0, description="Passes over the training data; may be a fraction.")
+    num_epochs: PositiveFloat = Field(
+        1.0, description="Passes over the training data; may be a fraction. No row is learnt beyond them: the last "
+        "update takes the rows that are left, perhaps fewer than batch_size."
+    )
     batch_size: PositiveInt = Field(
         description="Rows (sequences, comparisons, or judged responses) per optimizer update, all ranks."
     )
