@@ -17,6 +17,10 @@ class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+#: Of the time of a call; the rest is for the way there and back, and to end what is late.
+SHARE_TO_ANSWER = 0.9
+
+
 class ClusterConfig(FrozenConfig):
     """The Ray cluster that the run uses."""
 
@@ -42,6 +46,11 @@ class ClusterConfig(FrozenConfig):
     object_store_bytes: PositiveInt | None = Field(
         None, description="Size of the shared-memory object store of a local Ray; none leaves it to Ray."
     )
+
+    @property
+    def answer_within_s(self) -> float:
+        """How long a call to a role may take that can also answer in part, shortly before it would end the run."""
+        return SHARE_TO_ANSWER * self.call_timeout_s
 
 
 class PlacementConfig(FrozenConfig):

@@ -287,6 +287,7 @@ def _context(spec: RoleSpec, config: ClusterConfig, rank: int, address: str, por
         num_threads=spec.placement.num_threads,
         log_dir=spec.log_dir,
         seed=spec.seed,
+        answer_within_s=config.answer_within_s,
     )
 
 

@@ -14,7 +14,9 @@ from actors.rewards.config import (
     FunctionRewardConfig,
     HttpRewardConfig,
     JudgeRewardConfig,
+    ModelRewardConfig,
 )
+from cluster.config import ClusterConfig
 from data.tokenizer import Tokenizer
 from launch.config import OnlineRunConfig, RunConfig
 from launch.errors import Problem
@@ -40,7 +42,7 @@ def check_rewards(config: RunConfig, tokenizers: Mapping[str, Tokenizer], facts:
     for where, reward in (by_place(config.reward, config.rewards) | checking).items():
         try:
             if fact := _fact(where, resolve_reward(reward), config, tokenizers):
-                facts.append((where, fact))
+                facts.append((where, fact + _outlasting(reward, config.cluster)))
         except RewardError as error:
             yield Problem(where, str(error))
 
@@ -68,6 +70,30 @@ def _fact(where: str, reward: AnyReward, config: OnlineRunConfig, tokenizers: Ma
             return _judge(reward, tokenizers.get(f"{where}.model"))
         case _:
             return ""
+
+
+def _outlasting(reward: AnyReward, cluster: ClusterConfig) -> str:
+    """That one sample may take longer than the whole call that asks for its slice, where it may."""
+    within_s = cluster.answer_within_s
+    if (longest_s := longest_of_a_sample(reward)) <= within_s:
+        return ""
+    return (
+        f"; a sample may take {longest_s:,g} s, and what is not done {within_s:,g} s after its slice came has timed "
+        "out: lower timeout_s or num_retries, or raise cluster.call_timeout_s"
+    )
+
+
+def longest_of_a_sample(reward: AnyReward) -> float:
+    """Seconds that a sample may take with all its tries, waits between them included; of code, one test of it."""
+    if isinstance(reward, ModelRewardConfig):
+        return 0.0
+    one_s: float = reward.timeout_s
+    if isinstance(reward, CodeRewardConfig):
+        return one_s  # a test that takes too long is a score, and not tried again
+    if isinstance(reward, HttpRewardConfig):
+        waits = (min(reward.max_backoff_s, reward.backoff_s * 2**at) for at in range(reward.num_attempts - 1))
+        one_s = reward.num_attempts * one_s + sum(waits)
+    return (1 + reward.num_retries) * one_s + reward.retry_wait_s * (2.0**reward.num_retries - 1)
 
 
 def _function(reward: FunctionRewardConfig, columns: tuple[str, ...]) -> str:

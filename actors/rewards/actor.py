@@ -4,11 +4,13 @@ Invariants:
 
 - The column has a row for every sample of this rank, in their order. A sample without a score holds NaN, which credit
   assignment refuses: whoever takes the column leaves the rows of ``RewardInfo.dropped`` out first.
+- ``score`` answers within ``RankContext.answer_within_s``: a sample that takes longer has failed.
 - A failure is told with its sample, its prompt and its reason, whether the sample is dropped or given a score.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Sequence
@@ -61,12 +63,13 @@ class TextRewardActor:
             SchemaError: the batches are others, or a prompt is missing.
         """
         began = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self._context.answer_within_s
         for rollout in rollouts:
             check_schema(rollout, ROLLOUT)
         lengths: list[int] = list_column(rollouts, "tokens").lengths.tolist()
         own = contiguous_split(lengths, self._context.num_ranks)[self._context.rank]
         samples = sample_texts(rollouts, own, kept_columns(prompts), self._tokenizer)
-        scored = await score_with_retries(self._reward, samples, self._config)
+        scored = await score_with_retries(self._reward, samples, self._config, deadline)
         sample_ids = own_ids(rollouts, own)
         numbers = [math.nan if score is None else score for score in scored.scores]
         column = make_batch(SCORES, {"sample_id": sample_ids, "score": pa.array(numbers, pa.float32())})

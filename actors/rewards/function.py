@@ -24,6 +24,7 @@ class FunctionReward(TextReward):
 
     def __init__(self, config: FunctionRewardConfig) -> None:
         self._config = config
+        self.samples_per_call = config.batch_size if config.batched else 1
         self._function = load_function(config.path)
         self._signature = Signature.of(self._function)
         self._slots = asyncio.Semaphore(config.num_concurrent)
@@ -38,7 +39,7 @@ class FunctionReward(TextReward):
         Raises:
             RewardError: the function asks for a column that the samples do not have.
         """
-        size = self._config.batch_size if self._config.batched else 1
+        size = self.samples_per_call
         parts = [samples[start : start + size] for start in range(0, len(samples), size)]
         call = self._pool.call if self._pool is not None else self._here
         answers = await asyncio.gather(*(call(part) for part in parts))

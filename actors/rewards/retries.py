@@ -1,17 +1,20 @@
 """Samples whose scoring failed are tried again; what is left is dropped, or given a configured score. All is counted.
 
-Invariant: every sample ends with a finite score, or with the reason why it has none and is to be dropped.
+Invariant: every sample ends with a finite score, or with the reason why it has none and is to be dropped, by the
+deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.rewards.config import TextRewardConfig
+from actors.rewards.deadline import answers_by
 from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, TextReward
 
 #: Reasons that another try does not change.
@@ -34,13 +37,18 @@ class Scored:
     num_retried: int
 
 
-async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample], config: TextRewardConfig) -> Scored:
+async def score_with_retries(
+    reward: TextReward, samples: Sequence[RewardSample], config: TextRewardConfig, deadline: float = math.inf
+) -> Scored:
     """Score all samples, and those that failed again, ``config.num_retries`` times.
+
+    Args:
+        deadline: by the clock of the running loop, in seconds: what has no answer then has timed out.
 
     Raises:
         RewardError: the reward cannot score anything as it is configured.
     """
-    answers: list[Answer] = await _answers(reward, samples)
+    answers = await answers_by(deadline, reward, samples)
     tries = Counter(_reasons(answers))
     num_retried = 0
     for attempt in range(config.num_retries):
@@ -48,8 +56,11 @@ async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample]
         if not failed:
             break
         # Half of it at least, and not all ranks at the same time.
-        await asyncio.sleep(config.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0))
-        again = await _answers(reward, [samples[at] for at in failed])
+        wait_s = config.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0)
+        if asyncio.get_running_loop().time() + wait_s >= deadline:
+            break
+        await asyncio.sleep(wait_s)
+        again = await answers_by(deadline, reward, [samples[at] for at in failed])
         num_retried += len(failed)
         tries.update(_reasons(again))
         tried = dict(zip(failed, again, strict=True))
@@ -61,12 +72,6 @@ async def score_with_retries(reward: TextReward, samples: Sequence[RewardSample]
     instead = None if config.on_failure == "drop" else float(config.on_failure)
     scores = [instead if isinstance(answer, RewardFailure) else answer for answer in answers]
     return Scored(scores, failures, dict(tries), num_retried)
-
-
-async def _answers(reward: TextReward, samples: Sequence[RewardSample]) -> list[Answer]:
-    answers = await reward.score(samples)
-    assert len(answers) == len(samples), f"{type(reward).__name__}: {len(answers)} answers for {len(samples)} samples"
-    return answers
 
 
 def _reasons(answers: Sequence[Answer]) -> list[str]:

@@ -62,6 +62,7 @@ class HttpReward(TextReward):
 
     def __init__(self, config: HttpRewardConfig) -> None:
         self._config = config
+        self.samples_per_call = config.batch_size
         self._headers = {}
         if (name := config.token_variable) is not None:
             if name not in os.environ:
@@ -85,7 +86,7 @@ class HttpReward(TextReward):
             # The slots bound the connections. The wait for one would be part of the request's time.
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
-        size = self._config.batch_size
+        size = self.samples_per_call
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         answers = await asyncio.gather(*(self._batch(self._session, batch) for batch in batches))
         return [answer for batch in answers for answer in batch]

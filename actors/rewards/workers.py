@@ -4,6 +4,7 @@ Invariants:
 
 - A call has an answer by its deadline: scores, or failures that say so.
 - A process that was killed, or died, is replaced by a fresh one before the next call; it takes no other call with it.
+- A call that is cancelled has its process killed.
 - No process outlives the pool, or the process that the pool is in.
 """
 
@@ -64,7 +65,8 @@ class WorkerPool:
                 why = f"its process ended with code {process.returncode}; what it said is in this rank's log"
                 return [RewardFailure(Reason.CRASHED, why)] * len(samples)
         finally:
-            self._free.put_nowait(process)
+            # One that was killed may not be known to be dead yet.
+            self._free.put_nowait(process if process in self._processes else None)
         return _read(json.loads(answered))
 
     async def close(self) -> None:
@@ -84,6 +86,9 @@ class WorkerPool:
             ready = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
         except TimeoutError:
             ready = b""
+        except asyncio.CancelledError:
+            await self._kill(process)
+            raise
         if not ready:
             await self._kill(process)
             raise RewardError(f"the process of a reward, {' '.join(words[1:])}, cannot start; this rank's log says why")

@@ -96,6 +96,24 @@ def test_functions_are_imported_and_asked_what_they_want(tmp_path: Path, monkeyp
     assert wrong.startswith("reward: ")
 
 
+@pytest.mark.parametrize(
+    ("reward", "longest"),
+    [
+        ("{kind: checker, check: {name: exact}, timeout_s: 700}", "2,101.5"),  # and waits of 0.5 and 1 s
+        ("{kind: checker, check: {name: exact}, timeout_s: 500}", ""),
+        ("{kind: code, timeout_s: 1700}", "1,700"),  # a test that takes too long is a score: it has one try
+        ("{kind: http, endpoints: ['http://a'], timeout_s: 600, num_retries: 0}", "2,403.5"),
+        ("{kind: http, endpoints: ['http://a'], timeout_s: 300, num_retries: 0}", ""),
+    ],
+)
+def test_a_sample_whose_tries_outlast_a_call_is_named(reward: str, longest: str) -> None:
+    facts: list[tuple[str, str]] = []
+    words = [f"reward={reward}", "data.keep_columns=[answer, tests]"]
+    assert not list(check_rewards(online("rewards/function", *words), {}, facts))
+    [(_, said)] = facts
+    assert (f"may take {longest} s, and what is not done 1,620 s after" in said) if longest else "may take" not in said
+
+
 KINDS = {
     "checker": ["checker"],
     "code": ["code"],

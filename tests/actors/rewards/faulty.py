@@ -63,7 +63,7 @@ def as_told(response: str) -> object:
 
 
 async def slow(response: str) -> float:
-    await asyncio.sleep(30 if response == "hang" else 0.05)
+    await asyncio.sleep(30 if response.lower() == "hang" else 0.05)
     if response == "cancel":
         raise asyncio.CancelledError
     if response == "raise":

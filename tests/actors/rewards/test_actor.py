@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -166,6 +167,15 @@ async def test_what_would_fail_again_is_not_tried_again() -> None:
     scored = await score_with_retries(reward, [RewardSample("", word, True, {}) for word in words], config)
     assert reward.num_samples == 3 + 2 and scored.num_retried == 2 + 4  # its own tries as well
     assert scored.num_failed_tries == {"bad_row": 1, "refused": 1, "timed_out": 3, "unreachable": 4}
+
+
+async def test_a_slice_is_answered_before_its_call_is_given_up(policy: ModelConfig) -> None:
+    reward = FunctionRewardConfig(path=f"{FAULTY}:slow", retry_wait_s=0.0)
+    role = TextRewardActor(replace(context(port=1, role="reward"), answer_within_s=1.5), reward, policy)
+    column, info = await role.score([rollout([(1, "A", "OK"), (2, "A", "HANG")])], [prompts({1: {}, 2: {}})])
+    assert info.seconds < 10 and column["score"].to_pylist()[0] == 2.0
+    assert info.dropped == {2: "reward timed_out"} and info.num_failures == {"timed_out": 1}
+    await role.shutdown()
 
 
 async def test_what_is_configured_wrongly_ends_the_run(policy: ModelConfig) -> None:

@@ -234,6 +234,17 @@ async def test_as_many_requests_are_under_way_as_are_configured() -> None:
         assert await scored(service, ["x"] * 120) == [1.0] * 120
 
 
+async def test_a_request_that_is_given_up_says_nothing_of_its_endpoint() -> None:
+    async def first_for_ever(number: int, _: list[Any]) -> None:
+        await asyncio.sleep(5 if number == 1 else 0)
+
+    async with Server(first_for_ever).up() as url:
+        service = reward(url, batch_size=1, num_failures_to_open=1, cooldown_s=10.0, timeout_s=5.0, num_attempts=1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(service.score([sample("x")]), 0.5)
+        assert await scored(service, ["x"]) == [1.0]
+
+
 async def test_an_endpoint_that_goes_down_in_mid_run_costs_no_sample(caplog: pytest.LogCaptureFixture) -> None:
     staying, leaving = Server(_steady), Server()
 
