@@ -22,7 +22,8 @@ from transformers.models.auto.modeling_auto import (
 
 from actors.config import ModelConfig
 from actors.errors import ModelError
-from actors.models import explained, outline
+from actors.models import PackedModel, explained, outline, require_gradient_checkpointing
+from actors.positions import FIXED_FREQUENCIES, rotary_limit
 from actors.rewards.config import JudgeRewardConfig, ModelRewardConfig
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer, require_eos
@@ -40,7 +41,8 @@ class WantedModel:
     """A model that a role needs: where its configuration stands, what it must be, and the longest sequence.
 
     ``new scorer`` may also start from a language model, whose head is replaced. ``same_tokens`` is for a role that
-    reads the policy's tokens as they are.
+    reads the policy's tokens as they are. ``recomputes``: with gradient checkpointing. ``packed``: run by a role of
+    ours, not by vLLM alone. ``engine_chooses``: vLLM runs it too, and takes its longest sequence from the model.
     """
 
     where: str
@@ -48,6 +50,9 @@ class WantedModel:
     kind: ModelKind
     max_tokens: int
     same_tokens: bool = False
+    recomputes: bool = False
+    packed: bool = True
+    engine_chooses: bool = False
 
 
 def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
@@ -56,15 +61,26 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
         case LearnerRunConfig():
             kind: ModelKind = "new scorer" if isinstance(config, RewardModelRunConfig) else "language model"
             longest = config.data.max_tokens
-            yield WantedModel("learner.model", config.learner.model, kind, longest)
+            recomputes = config.learner.gradient_checkpointing
+            yield WantedModel("learner.model", config.learner.model, kind, longest, recomputes=recomputes)
             if isinstance(config, ReferredRunConfig) and (referred := config.reference) is not None:
                 yield WantedModel("reference.model", referred.model, "language model", longest, same_tokens=True)
         case OnlineRunConfig():
             longest = config.data.max_tokens + config.rollout.max_new_tokens
-            engine = max(longest, config.rollout.max_model_tokens or 0)
-            yield WantedModel("policy.model", config.policy.model, "language model", engine)
+            lengths = [engines.max_model_tokens for engines in (config.rollout, config.baseline) if engines is not None]
+            yield WantedModel(
+                "policy.model",
+                config.policy.model,
+                "language model",
+                max(longest, *(length or 0 for length in lengths)),
+                recomputes=config.policy.gradient_checkpointing,
+                engine_chooses=None in lengths,
+            )
             if (critic := config.critic) is not None:
-                yield WantedModel("critic.model", critic.model, "new scorer", longest, same_tokens=True)
+                recomputes = critic.gradient_checkpointing
+                yield WantedModel(
+                    "critic.model", critic.model, "new scorer", longest, same_tokens=True, recomputes=recomputes
+                )
             if (reference := config.reference) is not None:
                 yield WantedModel("reference.model", reference.model, "language model", longest, same_tokens=True)
             for where, reward in by_place(config.reward, config.rewards).items():
@@ -72,7 +88,7 @@ def wanted_models(config: RunConfig) -> Iterator[WantedModel]:
                     yield WantedModel(f"{where}.model", reward.model, "scorer", longest)
                 elif isinstance(reward, JudgeRewardConfig):
                     judged = reward.max_model_tokens or longest
-                    yield WantedModel(f"{where}.model", reward.model, "language model", judged)
+                    yield WantedModel(f"{where}.model", reward.model, "language model", judged, packed=False)
 
 
 def check_model(wanted: WantedModel, facts: Facts, tokenizers: dict[str, Tokenizer]) -> Iterator[Problem]:
@@ -93,6 +109,7 @@ def check_model(wanted: WantedModel, facts: Facts, tokenizers: dict[str, Tokeniz
         facts.append((wanted.where, f"{_architecture(found)}, {model.path}"))
         yield from _check_kind(wanted, found)
         yield from _check_context(wanted, found)
+        yield from _check_rotary(wanted, found)
         yield from _check_weights(wanted, model)
     yield from _check_tokenizer(wanted, model, found, tokenizers)
 
@@ -115,14 +132,26 @@ def _check_kind(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Proble
         )
     elif _can_be_built(wanted, found):
         try:
-            outline(resolve_model(wanted.model), scores=wanted.kind != "language model")
+            layers = outline(resolve_model(wanted.model), scores=wanted.kind != "language model")
         except ModelError as error:
             yield Problem(wanted.where, str(error))
+        else:
+            yield from _check_recomputing(wanted, layers)
     else:
         what = "a causal language model" if wanted.kind == "language model" else "a model that scores"
         yield Problem(
             wanted.where, f"transformers has no {found.model_type} that is {what}", "a decoder such as Llama or Qwen"
         )
+
+
+def _check_recomputing(wanted: WantedModel, layers: PackedModel) -> Iterator[Problem]:
+    if not wanted.recomputes:
+        return
+    try:
+        require_gradient_checkpointing(layers)
+    except ModelError as error:
+        right = "gradient_checkpointing: false, and a smaller max_tokens_per_pack where memory is short"
+        yield Problem(f"{wanted.where.removesuffix('.model')}.gradient_checkpointing", str(error), right)
 
 
 def _can_be_built(wanted: WantedModel, found: PreTrainedConfig) -> bool:
@@ -142,6 +171,29 @@ def _check_context(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Pro
             wanted.where,
             f"sequences of {wanted.max_tokens} tokens are longer than the model's context of {context}",
             "lower data.max_tokens, rollout.sampling.max_response_tokens, rollout.max_model_tokens or a judge's own",
+        )
+
+
+def _check_rotary(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Problem]:
+    """Whether a sequence may be so long that it changes what others get, or that vLLM turns positions otherwise.
+
+    vLLM takes a ``longrope``'s long factors for all sequences, short ones too, if its longest may be beyond the limit.
+    """
+    limit = rotary_limit(found)
+    if limit is None or not wanted.packed:
+        return
+    longest = wanted.max_tokens
+    if wanted.engine_chooses and limit.rope_type == "longrope":
+        # As vLLM's own default: where the model itself does not name the limit, its whole context.
+        named = getattr(found, "original_max_position_embeddings", None)
+        longest = max(longest, named or getattr(found.get_text_config(), "max_position_embeddings", 0))
+    if longest > limit.tokens:
+        yield Problem(
+            wanted.where,
+            f"has {limit.rope_type} rotary embeddings: of {longest} tokens, a sequence is beyond the {limit.tokens} up "
+            "to which it leaves its pack mates, and vLLM short sequences, as they are",
+            f"lower data.max_tokens, the response's or rollout.max_model_tokens to {limit.tokens}, or "
+            f"{FIXED_FREQUENCIES}",
         )
 
 

@@ -208,3 +208,62 @@ def test_a_family_is_judged_before_it_is_loaded(
     problems = [str(problem) for problem in check_model(WantedModel("policy.model", model, kind, 16), [], {})]
     assert len(problems) == (message is not None), problems
     assert message is None or message in problems[0]
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_tokens", "wanted", "refused"),
+    [
+        (LONGROPE | {"original_max_position_embeddings": 64}, 64, {}, False),
+        (LONGROPE | {"original_max_position_embeddings": 64}, 65, {}, True),
+        (LONGROPE | {"original_max_position_embeddings": 64}, 65, {"packed": False}, False),
+        (LONGROPE | {"original_max_position_embeddings": 64}, 32, {"engine_chooses": True}, True),
+        (LONGROPE | {"original_max_position_embeddings": 64, "short_factor": [4.0] * 4}, 65, {}, False),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 65, {}, False),
+    ],
+    ids=["as long as may be", "too long", "only in an engine", "as the engine likes", "one length", "yarn"],
+)
+def test_a_sequence_that_would_change_its_pack_mates(
+    rope: dict[str, Any], max_tokens: int, wanted: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    folder = families.write(tmp_path / "llama", "llama", rope_parameters=rope)
+    of = WantedModel("policy.model", ModelConfig(path=str(folder)), "language model", max_tokens, **wanted)
+    problems = [str(problem) for problem in check_model(of, [], {})]
+    assert len(problems) == refused, problems
+    if refused:
+        longest = 256 if "engine_chooses" in wanted else max_tokens
+        assert problems[0].startswith(f"policy.model: has longrope rotary embeddings: of {longest} tokens, a sequence ")
+        assert "lower data.max_tokens, the response's or rollout.max_model_tokens to 64, " in problems[0]
+
+
+def runners(example: str, *overrides: str) -> dict[str, tuple[bool, bool, bool]]:
+    """Of each model of a run: whether packs are run of it, vLLM chooses its longest sequence, activations go."""
+    found = wanted_models(load(ROOT / example, overrides))
+    return {wanted.where: (wanted.packed, wanted.engine_chooses, wanted.recomputes) for wanted in found}
+
+
+@pytest.mark.usefixtures("runs")
+def test_what_runs_a_model_is_known() -> None:
+    ppo = runners("ray_config.yaml", "rollout.max_model_tokens=null", "policy.gradient_checkpointing=true")
+    assert ppo.pop("policy.model") == (True, True, True)
+    assert ppo == dict.fromkeys(["critic.model", "reference.model", "reward.model"], (True, False, False))
+    critic = runners("ray_config.yaml", "rollout.max_model_tokens=64", "critic.gradient_checkpointing=true")
+    assert (critic["policy.model"], critic["critic.model"]) == ((True, False, False), (True, False, True))
+    assert runners("examples/rewards/judge.yaml")["reward.model"] == (False, False, False)
+    learner = runners("examples/dpo.yaml", "learner.gradient_checkpointing=true")
+    assert learner["learner.model"] == (True, False, True)
+
+
+@pytest.mark.parametrize(("family", "can"), [("llama", True), ("baichuan", False)])
+def test_gradient_checkpointing_that_a_model_cannot_do(family: str, can: bool, tmp_path: Path) -> None:
+    write = families.write if family in families.NAMES else families.write_remote
+    model = ModelConfig(path=str(write(tmp_path / family, family)), attention="eager", trust_remote_code=True)
+    wanted = WantedModel("policy.model", model, "language model", 16, recomputes=True)
+    problems = [str(problem) for problem in check_model(wanted, [], {})]
+    expected = [
+        "policy.gradient_checkpointing: BaichuanForCausalLM does not support gradient checkpointing; "
+        "gradient_checkpointing: false, and a smaller max_tokens_per_pack where memory is short"
+    ]
+    assert problems == ([] if can else expected)
