@@ -32,7 +32,7 @@ from data.turns import (
     prompt_from,
     prompt_of,
     reply,
-    response_of,
+    response_beside,
     split_dialogue,
     string,
 )
@@ -92,7 +92,8 @@ class Answered(NamedTuple):
 
 def _prompt_completion(values: Values) -> Answered:
     prompt = prompt_of(values["prompt"], "prompt")
-    return Answered(prompt, response_of(values["completion"], "completion"), "completion")
+    response = response_beside(prompt, values["prompt"], values["completion"], "completion")
+    return Answered(prompt, response, "completion")
 
 
 def _turns(values: Values, name: str) -> Turns:

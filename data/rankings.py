@@ -20,6 +20,7 @@ from data.turns import (
     prompt_from,
     prompt_of,
     reply,
+    response_beside,
     response_of,
     split_dialogue,
     string,
@@ -27,12 +28,15 @@ from data.turns import (
 
 #: Columns that any comparison may have.
 FACTS = ("margin", "rating", "preference")
+#: Columns that a prompt may be read from as a dialogue of text, in the order in which they are looked for.
+_MAY_BE_HH = ("prompt", "messages", "conversations")
 
 
 def prompt_pair(values: Values) -> Comparison:
-    """Chosen and rejected beside a prompt: responses, or whole dialogues that begin with the prompt's turns."""
-    prompt = prompt_of(values["prompt"], "prompt")
-    return _pair(prompt, [_beside(prompt, values[name], name) for name in ("chosen", "rejected")], values)
+    """Chosen and rejected beside a prompt: responses, or whole dialogues that begin with the prompt."""
+    asked = values["prompt"]
+    prompt = prompt_of(asked, "prompt")
+    return _pair(prompt, [_beside(prompt, asked, values[name], name) for name in ("chosen", "rejected")], values)
 
 
 def conversation_pair(values: Values) -> Comparison:
@@ -73,7 +77,8 @@ def ranked(asked: Callable[[Values], Prompt], by: str) -> Callable[[Values], Com
         given = values["responses"]
         if not isinstance(given, list) or len(given) < 2:
             raise RowError(f"responses must be a list of two or more, got {brief(given)}")
-        responses = [_beside(prompt, value, f"response {number}") for number, value in enumerate(given, 1)]
+        column = next((values[name] for name in _MAY_BE_HH if values.get(name) is not None), None)
+        responses = [_beside(prompt, column, value, f"response {number}") for number, value in enumerate(given, 1)]
         preference = _preference(values, len(responses))
         if by == "preference":
             first = 1.0 if preference is None else preference
@@ -111,11 +116,12 @@ def _pair(prompt: Prompt, responses: Sequence[Turns], values: Values) -> Compari
     return Comparison(prompt, tuple(responses), (0, 1), *_margin_and_rating(values), _preference(values, 2))
 
 
-def _beside(prompt: Prompt, value: object, name: str) -> Turns:
-    """A response, or a whole dialogue that begins with the prompt's turns."""
-    turns = reply(value) if isinstance(value, str) else message_turns(value, name)
-    whole = len(turns) > len(prompt.turns) and turns[: len(prompt.turns)] == prompt.turns
-    return turns[len(prompt.turns) :] if whole else response_of(value, name)
+def _beside(prompt: Prompt, asked: object, value: object, name: str) -> Turns:
+    """A response, or the whole of prompt and response: turns, or text that begins with that of a plain prompt."""
+    if prompt.verbatim and isinstance(value, str):
+        text = prompt.turns[0].content
+        return reply(value.removeprefix(text) or value)
+    return response_beside(prompt, asked, value, name)
 
 
 def _numbers(value: object, name: str, count: int) -> list[float]:

@@ -135,10 +135,41 @@ def response_of(value: object, name: str) -> Turns:
     """A response column: text, or messages of the assistant alone."""
     if isinstance(value, str):
         return reply(value)
-    turns = message_turns(value, name)
+    return _of_assistant(message_turns(value, name), name)
+
+
+def _of_assistant(turns: Turns, name: str) -> Turns:
     if any(turn.role != ASSISTANT for turn in turns):
         raise RowError(f"{name}: a response to a prompt holds the assistant's turns alone")
     return turns
+
+
+def response_beside(prompt: Prompt, asked: object, value: object, name: str) -> Turns:
+    r"""A response to ``prompt``, or a whole dialogue that begins with its turns, of which what follows is taken.
+
+    Beside a prompt that is a dialogue as Anthropic HH writes it, the space around a response is no part of it.
+
+    Args:
+        asked: the column that the prompt was read from.
+        value: the response's column: text, a whole dialogue as text (``\n\nHuman: ...``), or messages.
+    """
+    if not isinstance(value, str):
+        turns = message_turns(value, name)
+        return _of_assistant(_following(prompt, turns) or turns, name)
+    is_dialogue = not prompt.verbatim and value.startswith("\n\nHuman:")
+    if is_dialogue and (following := _following(prompt, hh_turns(value, name))):
+        return _of_assistant(following, name)
+    if prompt.verbatim or not isinstance(asked, str):
+        return reply(value)
+    if is_dialogue:
+        raise RowError(f"{name} is a dialogue that does not begin with the prompt")
+    return reply(value.strip())
+
+
+def _following(prompt: Prompt, turns: Turns) -> Turns:
+    """The turns behind those of the prompt; none where they do not begin with it."""
+    begins = turns[: len(prompt.turns)] == prompt.turns
+    return turns[len(prompt.turns) :] if begins else ()
 
 
 def number_of(value: object, name: str) -> float:

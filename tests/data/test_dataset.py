@@ -215,6 +215,29 @@ def test_a_comparison_is_left_out_whole(plain: DecodingTokenizer, jsonl: Callabl
     ]
 
 
+def test_responses_may_be_whole_dialogues_that_begin_with_the_prompt(
+    plain: DecodingTokenizer, jsonl: Callable[..., str]
+) -> None:
+    """The tokens are those of the responses alone beside the same prompt, and of the dialogues without one."""
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    rows: list[dict[str, Any]] = [
+        {"chosen": prompt + " Hello!", "rejected": prompt + " What?"},
+        {"prompt": prompt, "chosen": prompt + " Hello!", "rejected": prompt + " What?"},
+        {"prompt": prompt, "chosen": " Hello!", "rejected": "What?"},
+        {"prompt": prompt, "responses": [" What?", prompt + " Hello!"], "scores": [0, 1]},
+    ]
+    data = make(plain, "comparisons", jsonl(*rows))
+    assert [text(plain, row) for row in data.in_order().batch["tokens"].to_pylist()] == [
+        prompt + " Hello!</s>",
+        prompt + " What?</s>",
+    ] * len(rows)
+    learnt = make(plain, "examples", {"path": jsonl(*rows[1:3]), "columns": {"completion": "chosen"}}).in_order().batch
+    assert [text(plain, row) for row in learnt["tokens"].to_pylist()] == [prompt + " Hello!</s>"] * 2
+    verbatim = {"prompt": "the cat", "chosen": "the cat sat", "rejected": "the cat log"}
+    pair = make(plain, "comparisons", jsonl(verbatim)).in_order().batch
+    assert [text(plain, row) for row in pair["tokens"].to_pylist()] == ["the cat sat</s>", "the cat log</s>"]
+
+
 @pytest.mark.parametrize("kind", ["comparisons", "feedback"])
 def test_responses_that_a_template_makes_the_same_are_a_bad_row(
     make_tokenizer: Callable[..., DecodingTokenizer],

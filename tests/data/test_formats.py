@@ -111,6 +111,55 @@ def test_prompts_are_the_prompt_part_of_any_format(row: dict[str, Any], expected
     assert parse(row, "prompts") == expected
 
 
+HH = "\n\nHuman: q\n\nAssistant:"
+PREFILLED = "\n\nHuman: q\n\nAssistant: Sure, "
+
+
+@pytest.mark.parametrize(
+    ("prompt", "value", "response"),
+    [
+        (HH, " a", "a"),
+        (HH, " a\n", "a"),
+        (HH, HH + " a", "a"),
+        (HH, HH, ""),
+        (HH, "\n\nHuman:  q \n\nAssistant: a", "a"),
+        (HH, "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b", "a\n\nb"),
+        (HH, [ASK, REPLY], "a"),
+        (HH, "q a", "q a"),
+        ([ASK], HH + " a", "a"),
+        ([ASK], " a", " a"),
+        ("the cat", "the cat sat", " sat"),
+        ("the cat", " the cat sat", " the cat sat"),
+        ("the cat", "the cat", "the cat"),
+        (PREFILLED, PREFILLED + "a", "a"),
+        (PREFILLED, "a", "a"),
+    ],
+)
+def test_beside_a_prompt_stands_a_response_or_a_whole_dialogue(prompt: object, value: object, response: str) -> None:
+    """The prompt is not said twice, and no second space follows the speaker's name.
+
+    A completion beside a plain prompt stands as it is: a demonstration may well begin by repeating what was asked.
+    """
+    expected = (Turn("assistant", response),)
+    other = "another"
+    pair = parse({"prompt": prompt, "chosen": value, "rejected": other}, "comparisons")
+    assert pair.responses == (expected, (Turn("assistant", other),))
+    ranked = parse({"prompt": prompt, "responses": [other, value], "scores": [0, 1]}, "comparisons")
+    assert ranked.responses == pair.responses and ranked.prompt == pair.prompt
+    judged = parse({"prompt": prompt, "completion": value, "label": True}, "feedback")
+    if pair.prompt.verbatim:
+        assert judged.response == (Turn("assistant", str(value)),)
+        return
+    assert (judged.prompt, judged.response) == (pair.prompt, expected)
+    if response:
+        assert parse({"prompt": prompt, "completion": value}, "examples").response == expected
+
+
+def test_what_begins_with_the_prompt_is_not_rendered_with_it_twice() -> None:
+    row = {"messages": HH, "responses": [HH + " a", " b"], "ranks": [1, 2]}
+    assert parse(row, "comparisons") == pair(asked(Q), (A,), (B,))
+
+
 def test_turns_of_one_side_in_a_row_become_one() -> None:
     record = parse({"messages": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}, "examples")
     assert record == Demonstration(asked(Q), (Turn("assistant", "a\n\nb"),))
@@ -139,6 +188,23 @@ def test_turns_of_one_side_in_a_row_become_one() -> None:
             {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
             "they answer different prompts",
         ),
+        ("comparisons", {"prompt": HH, "chosen": " a", "rejected": "a "}, "chosen and rejected are the same"),
+        (
+            "comparisons",
+            {"prompt": HH, "chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "b"},
+            "chosen is a dialogue that does not begin with the prompt",
+        ),
+        (
+            "comparisons",
+            {"prompt": HH, "chosen": HH + " a\n\nHuman: p\n\nAssistant: a", "rejected": "b"},
+            "chosen: a response to a prompt holds the assistant's turns alone",
+        ),
+        (
+            "comparisons",
+            {"prompt": [ASK], "chosen": [ASK, REPLY, ASK, REPLY], "rejected": "b"},
+            "chosen: a response to a prompt holds the assistant's turns alone",
+        ),
+        ("examples", {"prompt": HH, "completion": HH}, "completion is empty"),
         ("prompts", {"messages": [REPLY]}, "no turn stands before"),
         ("prompts", {"prompt": 4}, "prompt must be a list of messages"),
     ],
