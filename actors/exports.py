@@ -8,7 +8,7 @@ names a token for padding that ends a row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,25 +47,43 @@ def padding_token(config: Any, tokenizer: Any) -> str | None:
     """The token that pads rows without being taken for the end of one: in the vocabulary, and no end of a sequence.
 
     The tokenizer's own, if it is such a one; else a special token with "pad" in its name, the one for unknown text, the
-    one that begins a sequence, or any other special one that is not in the chat template. None where there is none.
+    one that begins a sequence, or any other special one. None where there is none.
     """
-    ends = {tokenizer.eos_token_id}
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, _ends_of_turns(tokenizer, special))}
     for named in (getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())):
         ends.update(named if isinstance(named, (list, tuple)) else [named])
-    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    template = str(getattr(tokenizer, "chat_template", None) or "")
     wanted = [
         tokenizer.pad_token,
         *(token for token in special if "pad" in token.lower()),
         tokenizer.unk_token,
         tokenizer.bos_token,
-        *(token for token in special if token not in template),
+        *special,
     ]
     for token in wanted:
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if number is not None and number not in ends and number < config.get_text_config().vocab_size:
             return str(token)
     return None
+
+
+def _ends_of_turns(tokenizer: Any, special: Sequence[str]) -> set[str]:
+    """Those of the ``special`` tokens that may end a row besides EOS, by the chat template (see ``data.chat``).
+
+    The one that a rendered dialogue ends with. Also all that stand in the template, for it may end turns in several
+    ways; but for BOS, which begins rows.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return set()
+    found = {token for token in special if token in str(template) and token != tokenizer.bos_token}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip()
+    except Exception as error:  # templates raise whatever they like
+        logger.info("the chat template refuses two turns, so its words alone tell how it ends them: %s", error)
+        return found
+    return found | {token for token in special if rendered.endswith(token)}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,21 @@ def tokenizer(names: dict[str, str]) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **names)
 
 
-def ours(folder: Path) -> list[float]:
+def ours(folder: Path, rows: Sequence[list[int]] = ROWS) -> list[float]:
     model = load_scorer(ModelConfig(path=str(folder), dtype="float32"))
     with torch.no_grad():
-        alone = [model(torch.tensor(row), torch.arange(len(row)), torch.tensor([len(row) - 1])) for row in ROWS]
+        alone = [model(torch.tensor(row), torch.arange(len(row)), torch.tensor([len(row) - 1])) for row in rows]
     return [score.item() for score in alone]
 
 
-def exported(folder: Path, names: dict[str, str], pad_token_id: int | None, eos: Any = EOS) -> Path:
-    """``folder`` with such a tokenizer and configuration, as it is exported."""
+def exported(
+    folder: Path, names: dict[str, str], pad_token_id: int | None, eos: Any = EOS, template: str | None = None
+) -> Path:
+    """``folder`` with such a tokenizer, template and configuration, as it is exported."""
     model = load_scorer(ModelConfig(path=str(folder), dtype="float32"))
     model.config.pad_token_id, model.config.eos_token_id = pad_token_id, eos
     own = tokenizer(names)
+    own.chat_template = template
     out = folder.parent / "out"
     weights = {name.removeprefix("network."): weight.detach() for name, weight in model.named_parameters()}
     save_model(model, weights, out, own)
@@ -94,3 +98,33 @@ def test_a_language_model_keeps_what_it_pads_with(tmp_path: Path) -> None:
     save_model(model, {}, tmp_path / "out", tokenizer({"pad_token": "<eos>"}))
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == EOS
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<eos>"
+
+
+Z = 60
+ENDS_IN_Z = "{% for m in messages %}{{ m['content'] }}Z\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "eos", "chosen"),
+    [
+        ({"pad_token": "Z"}, ENDS_IN_Z, EOS, "<pad>"),
+        ({"unk_token": "Z", "bos_token": "Y"}, ENDS_IN_Z, [EOS, 0], "Y"),
+        ({"bos_token": "Z", "sep_token": "Y"}, ENDS_IN_Z, [EOS, 0], "Y"),
+        ({"pad_token": "<pad>", "unk_token": "Y"}, ENDS_IN_Z + "{# or <pad>, where a tool is called #}", EOS, "Y"),
+        ({"pad_token": "Z"}, ENDS_IN_Z.replace("Z", "{{ 'z' | upper }}"), EOS, "<pad>"),
+        ({"pad_token": "Z"}, "{{ raise_exception('no') }}Z", EOS, "<pad>"),
+        ({"bos_token": "Z"}, "Z{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}", [EOS, 0], "Z"),
+    ],
+    ids=["its own", "unknown", "beginning", "named so", "composed", "refused", "begins every row"],
+)
+def test_what_a_template_ends_a_turn_with_is_no_padding(
+    names: dict[str, str], template: str, eos: Any, chosen: str, tmp_path: Path
+) -> None:
+    """Rows end in the template's token, which need not be EOS."""
+    folder = tiny_models.write(tmp_path / "score", "qwen2", head="score")
+    out = exported(folder, names, Z if names.get("pad_token") == "Z" else None, eos, template)
+    assert transformers.AutoTokenizer.from_pretrained(out).pad_token == chosen
+    end = EOS if "eos_token" in template else Z
+    rows = [[5, 9, 33, end], [7, end, 8, 9, 40, 12, end], [end], [6, 6, end, end]]
+    for side in ("left", "right"):
+        assert pooled_scores(out, rows, side) == pytest.approx(ours(folder, rows), rel=1e-4, abs=1e-5)
