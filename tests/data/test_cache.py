@@ -75,7 +75,7 @@ def test_documents_in_files(plain: DecodingTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{n} the cat sat on the mat\n" * (1 + n % 7) for n in range(40)))
     for documents in ("packed", "pieces", "separate"):
-        settings = {"documents": documents, "whole_document": True}
+        settings: dict[str, Any] = {"documents": documents, "whole_document": True}
         wanted = make(plain, "examples", str(path), None, **settings)
         require_same(make(plain, "examples", str(path), tmp_path / "cache", **settings), wanted)
 
