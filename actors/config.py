@@ -105,7 +105,8 @@ class LoRAConfig(FrozenConfig):
         "quarter of it: set both as they do, and the learning rate with them."
     )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training, never in scoring."
+        0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training, never in scoring. For "
+        "learners: policy and critic, whose updates are held against their scoring, take 0 alone."
     )
     targets: Literal["all_linear"] | tuple[str, ...] = Field(
         "all_linear",

@@ -137,6 +137,18 @@ def whole_distribution_is_drawn_from(algorithm: OnlineConfig, rollout: RolloutCo
             )
 
 
+def nothing_drops_out(policy: PolicyConfig, critic: CriticConfig | None) -> Iterator[Problem]:
+    """What an update computes, scoring has computed too, but for what was learnt in between."""
+    for name, role in (("policy", policy), ("critic", critic)):
+        if role is not None and role.tuning.lora.dropout:
+            yield Problem(
+                f"{name}.tuning.lora.dropout",
+                f"{role.tuning.lora.dropout:g} drops in updates and not in scoring: log-probs and values of the same "
+                "weights would differ, and the ratio would not begin at 1",
+                "0",
+            )
+
+
 def pretraining_fits(
     algorithm: OnlineConfig, policy: PolicyConfig, pretraining_data: DataConfig | None
 ) -> Iterator[Problem]:
@@ -171,5 +183,6 @@ ROLE_RULES = (
     redrawn_prompts_have_groups,
     age_is_corrected_for,
     whole_distribution_is_drawn_from,
+    nothing_drops_out,
     pretraining_fits,
 )

@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 
 from actors.config import RolloutConfig
-from actors.rewards.combination_config import NormaliseConfig, OverlongConfig, PiecewiseConfig, TotalConfig
+from actors.rewards.combination_config import (
+    LengthConfig,
+    NormaliseConfig,
+    OverlongConfig,
+    PiecewiseConfig,
+    RepetitionConfig,
+    TotalConfig,
+)
 from actors.rewards.config import (
     AnyReward,
     CheckerRewardConfig,
@@ -97,15 +104,40 @@ def total_suits_the_algorithm(algorithm: OnlineConfig, total: TotalConfig) -> It
 
 def overlong_margin_fits(total: TotalConfig, rollout: RolloutConfig) -> Iterator[Problem]:
     """The penalty of overlong responses rises within a response."""
+    drawn = rollout.max_drawn_tokens
     for name, step in total.shaping.items():
         if isinstance(step, OverlongConfig):
-            longest = step.max_tokens or rollout.max_drawn_tokens
-            if step.margin_tokens > longest:
+            longest = step.max_tokens or drawn
+            free = longest - step.margin_tokens
+            if free < 0:
                 yield Problem(
                     f"total.shaping.{name}.margin_tokens",
                     f"{step.margin_tokens} is more than the longest response, {longest} tokens",
                     f"at most {longest}",
                 )
+            elif free >= drawn:
+                yield Problem(
+                    f"total.shaping.{name}.max_tokens",
+                    f"{longest} with margin_tokens = {step.margin_tokens}: the penalty begins above {free} tokens, and "
+                    f"no response has more than {drawn}",
+                    f"at most {drawn + step.margin_tokens - 1}, or leave it out",
+                )
+
+
+def penalties_can_apply(total: TotalConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    """The longest response is long enough for what a length or a repetition costs."""
+    drawn = rollout.max_drawn_tokens
+    for name, step in total.shaping.items():
+        if isinstance(step, LengthConfig) and step.free_tokens >= drawn:
+            what = f"{step.free_tokens} tokens cost nothing, and no response has more than {drawn}"
+            yield Problem(f"total.shaping.{name}.free_tokens", what, f"at most {drawn - 1}")
+        elif isinstance(step, RepetitionConfig) and step.ngram >= drawn:
+            yield Problem(
+                f"total.shaping.{name}.ngram",
+                f"{step.ngram}-grams repeat in responses of {step.ngram + 1} tokens or more, and the longest response "
+                f"has {drawn}",
+                f"a smaller one, usually {RepetitionConfig().ngram}",
+            )
 
 
 def columns_are_kept(
@@ -157,6 +189,7 @@ REWARD_RULES = (
     total_is_of_the_rewards,
     total_suits_the_algorithm,
     overlong_margin_fits,
+    penalties_can_apply,
     columns_are_kept,
     rewards_suit_devices,
 )

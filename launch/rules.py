@@ -8,11 +8,13 @@ hide the problems between others.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from actors.config import MAX_ADAPTER_RANK, PolicyConfig, RolloutConfig, ScorerConfig, TrainedRoleConfig
 from actors.rewards.config import AnyReward, ModelRewardConfig
-from algorithms.config import LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig
+from algorithms.config import KLConfig, LearningConfig, OnlineConfig, PreferenceConfig, RewardModelConfig
+from algorithms.kl import MAX_ERROR
 from cluster.config import ClusterConfig, PlacementConfig
 from data.config import DataConfig
 from launch.devices import model_role_problems, runs_on_gpu
@@ -70,11 +72,27 @@ def online_has_an_end(run: RunSettings, algorithm: OnlineConfig) -> Iterator[Pro
         )
 
 
-def kl_can_adapt(algorithm: OnlineConfig) -> Iterator[Problem]:
-    """The adaptive controller multiplies the coefficient, so 0 stays 0."""
-    if algorithm.kl.target is not None and algorithm.kl.coefficient == 0:
+def kl_can_adapt(algorithm: OnlineConfig, online: OnlineSettings) -> Iterator[Problem]:
+    """The adaptive controller multiplies the coefficient: 0 stays 0, and one batch may not take it there."""
+    kl, usual = algorithm.kl, KLConfig().horizon_samples
+    if kl.target is None:
+        if kl.horizon_samples != usual:  # compared by value: a resolved configuration writes out what nobody set
+            yield Problem(
+                "algorithm.kl.horizon_samples",
+                f"{kl.horizon_samples}, but algorithm.kl.target is none: the coefficient is fixed",
+                "leave it out, or set algorithm.kl.target",
+            )
+        return
+    if kl.coefficient == 0:
         yield Problem(
             "algorithm.kl.coefficient", "is 0, which the adaptive controller can never leave", "start above 0, say 0.05"
+        )
+    if MAX_ERROR * (online.batch_size / kl.horizon_samples) >= 1:
+        yield Problem(
+            "algorithm.kl.horizon_samples",
+            f"{kl.horizon_samples} with online.batch_size = {online.batch_size}: one batch with too low a KL would "
+            "take the coefficient to 0 or below",
+            f"{math.floor(MAX_ERROR * online.batch_size) + 1} or more, usually {usual}",
         )
 
 

@@ -180,10 +180,23 @@ class TotalConfig(FrozenConfig):
             return f"combine.weights gives {without} no weight: give every reward one (0 only logs it), or none"
         if isinstance(self.combine, PiecewiseConfig | GatedConfig) and (unused := sorted(names - wanted)):
             return f"the reward {unused[0]!r} is not used by combine {self.combine.kind}"
+        if reason := self._ignores_its_rewards():
+            return reason
         if taken := sorted((names | set(self.shaping)) & RESERVED):
             return f"{taken[0]!r} cannot be the name of a reward or a shaping: it is logged as something else"
         if taken := sorted(names & set(self.shaping)):
             return f"{taken[0]!r} is the name of a reward and of a shaping: they are logged side by side"
+        return None
+
+    def _ignores_its_rewards(self) -> str | None:
+        match self.combine:
+            case PiecewiseConfig(helpfulness=first, safety=second) if first == second:
+                return f"combine.helpfulness and safety are both {first!r}: the rule would choose between it and itself"
+            case GatedConfig(score=first, gate=second) if first == second:
+                return f"combine.score and gate are both {first!r}: one reward counts where another is high enough"
+            case LinearConfig(weights=weights) if weights and not any(weights.values()):
+                if all(isinstance(step, _Transform) for step in self.shaping.values()):
+                    return "combine.weights: all weights are 0, so every response has the same score"
         return None
 
     @property
