@@ -20,6 +20,8 @@ from actors.rewards.face import Answer, Reason, RewardFailure, RewardSample, Tex
 from actors.rewards.retries import may_be_tried_again
 from actors.rollout import engine_environment
 from cluster.context import RankContext
+from data.chat import clock_stopped_at
+from data.config import CHAT_DATE
 
 if TYPE_CHECKING:
     from actors.vllm_engine.judging import JudgeEngine, Judgement
@@ -107,7 +109,9 @@ class JudgeReward(TextReward):
         templated = way == "always" or (way == "auto" and bool(tokenizer.chat_template))
         if templated:
             turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            # A template that prints the date is to judge the same tomorrow.
+            clock = clock_stopped_at(CHAT_DATE)
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, strftime_now=clock)
         ids: list[int] = tokenizer(text, add_special_tokens=not templated)["input_ids"]
         return ids
 
