@@ -2,7 +2,7 @@
 
 Invariant: a sequence classifier's folder gives, under plain Transformers, the scores that it gives here: those at a
 row's last token. Transformers reads the last token that is not the padding's (``pad_token_id``), so a folder never
-names a token for padding that ends a row.
+names a token for padding that ends a row. A folder is whole: it holds the buffers that the model's own folder did.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tok
     A sequence classifier whose padding token ends sequences too gets another one, in the folder alone.
     """
     network: Any = model.network
+    weights = persistent_buffers(model) | weights
     if not type(network).__name__.endswith("ForSequenceClassification"):
         network.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
@@ -41,6 +42,16 @@ def save_model(model: PackedModel, weights: dict[str, Tensor], folder: Path, tok
     with _padded_by(pad, network.config, tokenizer):
         network.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def persistent_buffers(model: PackedModel) -> dict[str, Tensor]:
+    """What a folder holds besides parameters, by Hugging Face name: for one, the bias of DeepSeek-V3's routers."""
+    return {
+        f"{path}.{name}" if path else name: buffer.detach()
+        for path, module in model.network.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def padding_token(config: Any, tokenizer: Any) -> str | None:

@@ -69,6 +69,20 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
+#: Of ``deepseek_v3``: a buffer that its folder holds, by which experts are chosen.
+ROUTER_BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
+
+
+def deepseek_v3() -> Any:
+    """The Hugging Face configuration of a DeepSeek-V3 of one layer, a mixture of 4 experts."""
+    return transformers.DeepseekV3Config(
+        **_GROUPED
+        | {"num_hidden_layers": 1, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4},
+        num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=0,
+        kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+
+
 def spread(model: Any) -> None:
     """Draw the matrices wide, so that attention and position matter."""
     with torch.no_grad():

@@ -14,7 +14,7 @@ import transformers
 from actors.config import ModelConfig
 from actors.exports import save_model
 from actors.models import load_causal_lm, load_scorer
-from tests.actors import tiny_models
+from tests.actors import families, tiny_models
 from tests.actors.comparison_programs import pooled_scores
 
 EOS = 1
@@ -128,3 +128,17 @@ def test_what_a_template_ends_a_turn_with_is_no_padding(
     rows = [[5, 9, 33, end], [7, end, 8, 9, 40, 12, end], [end], [6, 6, end, end]]
     for side in ("left", "right"):
         assert pooled_scores(out, rows, side) == pytest.approx(ours(folder, rows), rel=1e-4, abs=1e-5)
+
+
+def test_buffers_that_a_folder_holds_are_exported(tmp_path: Path) -> None:
+    """They are no parameters, so they are not among the weights that leave the trainer."""
+    network = transformers.AutoModelForCausalLM.from_config(families.deepseek_v3())
+    with torch.no_grad():
+        network.get_buffer(families.ROUTER_BIAS).copy_(torch.tensor([0.5, -0.5, 0.25, 1.0]))
+    network.save_pretrained(tmp_path / "deepseek")
+    model = load_causal_lm(ModelConfig(path=str(tmp_path / "deepseek"), dtype="float32"))
+    weights = {name.removeprefix("network."): weight.detach() for name, weight in model.named_parameters()}
+    save_model(model, weights, tmp_path / "out", tokenizer({}))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.get_buffer(families.ROUTER_BIAS).tolist() == [0.5, -0.5, 0.25, 1.0]
