@@ -70,8 +70,15 @@ WAYS: dict[str, tuple[str, ...]] = {
             "ppo.yaml",
             "online.max_staleness=1",
             f"algorithm.correction.method={method}",
+            *bounds,
         )
-        for method in ("truncated", "masked", "sequence_masked", "decoupled")
+        for method, bounds in {
+            "truncated": (),
+            "masked": (),
+            # The defaults are for responses of thousands of tokens; of a stale one of six they leave hardly any.
+            "sequence_masked": ("algorithm.correction.low=0.9", "algorithm.correction.high=1.1"),
+            "decoupled": (),
+        }.items()
     },
     "checked, from SFT": ("rewards/checker.yaml",),
     "checked, from the base model": ("rewards/checker.yaml", "policy.model.path=runs/demo-pretrain/model"),
