@@ -192,8 +192,6 @@ class TotalConfig(FrozenConfig):
         match self.combine:
             case PiecewiseConfig(helpfulness=first, safety=second) if first == second:
                 return f"combine.helpfulness and safety are both {first!r}: the rule would choose between it and itself"
-            case GatedConfig(score=first, gate=second) if first == second:
-                return f"combine.score and gate are both {first!r}: one reward counts where another is high enough"
             case LinearConfig(weights=weights) if weights and not any(weights.values()):
                 if all(isinstance(step, _Transform) for step in self.shaping.values()):
                     return "combine.weights: all weights are 0, so every response has the same score"

@@ -78,7 +78,6 @@ def test_the_longest_response_of_an_episode_is_all_that_is_drawn_in_its_turns() 
     ("combine", "shaping", "why"),
     [
         ({"kind": "piecewise", "helpfulness": "a", "safety": "a"}, {}, "helpfulness and safety are both 'a'"),
-        ({"kind": "gated", "score": "a", "gate": "a", "threshold": 1}, {}, "score and gate are both 'a'"),
         ({"kind": "linear", "weights": {"a": 0}}, {}, "all weights are 0"),
         ({"kind": "linear", "weights": {"a": 0}}, {"scale": {"kind": "clip"}}, "all weights are 0"),
         ({"kind": "linear", "weights": {"a": 0}}, {"price": {"kind": "length", "penalty_per_token": 1}}, None),
