@@ -92,7 +92,7 @@ async def _supervised(config: LearnerRunConfig, run_dir: RunDir, resume: bool, s
         if scored is not None:
             require_scored(scored, description)
         measured = await draw_measured(config, roles)
-        num_updates = SupervisedState.planned_updates(config, description.num_rows)
+        num_updates = SupervisedState.planned_updates(config, description.num_rows, saved)
         refers_to_itself = reference is None and config.algorithm.needs_reference
         if standing_on := ["learner"] * config.learner.tuning.has_adapter + [REFERENCE] * refers_to_itself:
             models |= dict.fromkeys(standing_on, (await roles.learner.call(LearnerActor.model_digest))[0])

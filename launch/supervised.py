@@ -80,9 +80,8 @@ class SupervisedDriver:
             while self._state.update < last:
                 while drawn < last and len(queue) < PIPELINE_DEPTH and not self._stop.requested:
                     left = SupervisedState.rows_left(self._config, self._data.num_rows, cursor)
-                    # No row is left where a resumed run is asked for more updates than its rows make.
                     batch, info = await self._roles.source.column_of(
-                        0, SourceActor.next_batch, cursor, min(size, left or size)
+                        0, SourceActor.next_batch, cursor, min(size, left)
                     )
                     train = self._roles.learner.call(LearnerActor.train, drawn, self._state.num_updates, batch)
                     queue.append((asyncio.create_task(train), info.next_cursor))
