@@ -80,9 +80,7 @@ class SupervisedDriver:
             while self._state.update < last:
                 while drawn < last and len(queue) < PIPELINE_DEPTH and not self._stop.requested:
                     left = SupervisedState.rows_left(self._config, self._data.num_rows, cursor)
-                    batch, info = await self._roles.source.column_of(
-                        0, SourceActor.next_batch, cursor, min(size, left)
-                    )
+                    batch, info = await self._roles.source.column_of(0, SourceActor.next_batch, cursor, min(size, left))
                     train = self._roles.learner.call(LearnerActor.train, drawn, self._state.num_updates, batch)
                     queue.append((asyncio.create_task(train), info.next_cursor))
                     drawn, cursor = drawn + 1, info.next_cursor
