@@ -18,6 +18,10 @@ from actors.tuning import weight_sources
 from tests.actors import families, tiny_models
 
 
+#: How a model with code of its own is loaded.
+BROUGHT: dict[str, Any] = {"attention": "eager", "trust_remote_code": True}
+
+
 def digest(folder: Path, bucket: int = DIGEST_BUCKET_BYTES, **model: Any) -> str:
     loaded = load_causal_lm(ModelConfig(path=str(folder), **({"dtype": "float32"} | model)))
     weights = [(source.name, source.value()) for source in weight_sources(loaded, None)]
@@ -76,6 +80,16 @@ def test_what_only_training_and_generation_ask_for_changes_no_digest(qwen: Path,
     assert digest(changed(gpt2, tmp_path / "dropping", **rates)) == digest(gpt2)
 
 
+def test_padding_that_positions_are_counted_by_is_part_of_the_model(tmp_path: Path) -> None:
+    """XGLM's first position is the one behind the padding's number."""
+    config = transformers.XGLMConfig(
+        vocab_size=64, d_model=32, ffn_dim=64, num_layers=1, attention_heads=2, max_position_embeddings=64
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "xglm")
+    other = changed(tmp_path / "xglm", tmp_path / "changed", pad_token_id=3)
+    assert digest(other, attention="eager") != digest(tmp_path / "xglm", attention="eager")
+
+
 @pytest.fixture(scope="module")
 def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with code, of which a part is in a helper's file, and a part in a helper's helper."""
@@ -91,16 +105,14 @@ def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", ["modeling_baichuan.py", "configuration_baichuan.py", "helper.py", "inner.py"])
 def test_every_file_of_the_code_that_a_model_brings_is_in_its_digest(file: str, baichuan: Path, tmp_path: Path) -> None:
-    settings = {"attention": "eager", "trust_remote_code": True}
     same, other = changed(baichuan, tmp_path / "same"), changed(baichuan, tmp_path / "other")
     (other / file).write_text((other / file).read_text() + "\n# other code\n")
     (same / "tokenization_baichuan.py").write_text("# not of the model\n")
-    assert digest(other, **settings) != digest(baichuan, **settings) == digest(same, **settings)
+    assert digest(other, **BROUGHT) != digest(baichuan, **BROUGHT) == digest(same, **BROUGHT)
 
 
 def test_code_that_a_model_brings_may_read_any_key(baichuan: Path, tmp_path: Path) -> None:
-    settings = {"attention": "eager", "trust_remote_code": True}
-    assert digest(changed(baichuan, tmp_path / "changed", bos_token_id=7), **settings) != digest(baichuan, **settings)
+    assert digest(changed(baichuan, tmp_path / "changed", bos_token_id=7), **BROUGHT) != digest(baichuan, **BROUGHT)
 
 
 def test_buffers_that_a_folder_holds_are_part_of_the_model(tmp_path: Path) -> None:
