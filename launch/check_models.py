@@ -186,7 +186,8 @@ def _check_rotary(wanted: WantedModel, found: PreTrainedConfig) -> Iterator[Prob
     if wanted.engine_chooses and limit.rope_type == "longrope":
         # As vLLM's own default: where the model itself does not name the limit, its whole context.
         named = getattr(found, "original_max_position_embeddings", None)
-        longest = max(longest, named or getattr(found.get_text_config(), "max_position_embeddings", 0))
+        context = getattr(found.get_text_config(), "max_position_embeddings", None)
+        longest = max(longest, int(named or context or 0))
     if longest > limit.tokens:
         yield Problem(
             wanted.where,

@@ -17,7 +17,6 @@ from actors.models import load_causal_lm
 from actors.tuning import weight_sources
 from tests.actors import families, tiny_models
 
-
 #: How a model with code of its own is loaded.
 BROUGHT: dict[str, Any] = {"attention": "eager", "trust_remote_code": True}
 
