@@ -7,6 +7,7 @@ import pytest
 from actors.rewards.combination_config import TotalConfig
 from algorithms.errors import AlgorithmError
 from algorithms.kl import KLController
+from launch.config import OnlineRunConfig
 from launch.configfile import load
 from tests.launch.test_rules import EXAMPLES, refused
 
@@ -67,6 +68,7 @@ def test_penalties_of_length_begin_within_a_response(step: str, where: str, what
 
 def test_the_longest_response_of_an_episode_is_all_that_is_drawn_in_its_turns() -> None:
     episodes = load(EXAMPLES / "environments" / "guessing_grpo.yaml", ())
+    assert isinstance(episodes, OnlineRunConfig)
     drawn = episodes.rollout.max_drawn_tokens
     assert drawn > episodes.rollout.sampling.max_response_tokens
     for free, places in ((drawn - 1, []), (drawn, ["total.shaping.price.free_tokens"])):
