@@ -8,7 +8,7 @@ Invariant: equal keys have equal ranks. A row of nothing but ties is no bad row;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data.errors import RowError
 from data.records import SYSTEM, Comparison, Prompt, Turn, Turns, Values
@@ -36,7 +36,8 @@ def prompt_pair(values: Values) -> Comparison:
     """Chosen and rejected beside a prompt: responses, or whole dialogues that begin with the prompt."""
     asked = values["prompt"]
     prompt = prompt_of(asked, "prompt")
-    return _pair(prompt, [_beside(prompt, asked, values[name], name) for name in ("chosen", "rejected")], values)
+    given = {name: values[name] for name in ("chosen", "rejected")}
+    return _pair(prompt, _beside(prompt, asked, given), values)
 
 
 def conversation_pair(values: Values) -> Comparison:
@@ -78,7 +79,7 @@ def ranked(asked: Callable[[Values], Prompt], by: str) -> Callable[[Values], Com
         if not isinstance(given, list) or len(given) < 2:
             raise RowError(f"responses must be a list of two or more, got {brief(given)}")
         column = next((values[name] for name in _MAY_BE_HH if values.get(name) is not None), None)
-        responses = [_beside(prompt, column, value, f"response {number}") for number, value in enumerate(given, 1)]
+        responses = _beside(prompt, column, {f"response {number}": value for number, value in enumerate(given, 1)})
         preference = _preference(values, len(responses))
         if by == "preference":
             first = 1.0 if preference is None else preference
@@ -116,12 +117,16 @@ def _pair(prompt: Prompt, responses: Sequence[Turns], values: Values) -> Compari
     return Comparison(prompt, tuple(responses), (0, 1), *_margin_and_rating(values), _preference(values, 2))
 
 
-def _beside(prompt: Prompt, asked: object, value: object, name: str) -> Turns:
-    """A response, or the whole of prompt and response: turns, or text that begins with that of a plain prompt."""
-    if prompt.verbatim and isinstance(value, str):
-        text = prompt.turns[0].content
-        return reply(value.removeprefix(text) or value)
-    return response_beside(prompt, asked, value, name)
+def _beside(prompt: Prompt, asked: object, given: Mapping[str, object]) -> list[Turns]:
+    """Responses, or wholes of prompt and response: turns, or texts of which every one begins with a plain prompt's.
+
+    One text alone that begins so may be an answer that repeats the question.
+    """
+    text = prompt.turns[0].content
+    wholes = [isinstance(value, str) and len(value) > len(text) and value.startswith(text) for value in given.values()]
+    if prompt.verbatim and all(wholes):
+        return [reply(str(value)[len(text) :]) for value in given.values()]
+    return [response_beside(prompt, asked, value, name) for name, value in given.items()]
 
 
 def _numbers(value: object, name: str, count: int) -> list[float]:

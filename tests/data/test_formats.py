@@ -115,6 +115,18 @@ HH = "\n\nHuman: q\n\nAssistant:"
 PREFILLED = "\n\nHuman: q\n\nAssistant: Sure, "
 
 
+@pytest.mark.parametrize("prompt", ["the cat", PREFILLED])
+def test_texts_that_all_begin_with_a_plain_prompt_are_wholes(prompt: str) -> None:
+    pair = parse({"prompt": prompt, "chosen": prompt + " sat", "rejected": prompt + "s"}, "comparisons")
+    assert [turns[0].content for turns in pair.responses] == [" sat", "s"]
+    given = [prompt + part for part in (" sat", "s", " lay")]
+    ranked = parse({"prompt": prompt, "responses": given, "scores": [2, 1, 0]}, "comparisons")
+    assert [turns[0].content for turns in ranked.responses] == [" sat", "s", " lay"]
+    for last in (prompt, " lay"):  # then nothing says that the others are not answers that repeat the question
+        apart = parse({"prompt": prompt, "responses": [*given[:2], last], "scores": [2, 1, 0]}, "comparisons")
+        assert [turns[0].content for turns in apart.responses] == [*given[:2], last]
+
+
 @pytest.mark.parametrize(
     ("prompt", "value", "response"),
     [
@@ -128,10 +140,10 @@ PREFILLED = "\n\nHuman: q\n\nAssistant: Sure, "
         (HH, "q a", "q a"),
         ([ASK], HH + " a", "a"),
         ([ASK], " a", " a"),
-        ("the cat", "the cat sat", " sat"),
+        ("the cat", "the cat sat", "the cat sat"),
         ("the cat", " the cat sat", " the cat sat"),
         ("the cat", "the cat", "the cat"),
-        (PREFILLED, PREFILLED + "a", "a"),
+        (PREFILLED, PREFILLED + "a", PREFILLED + "a"),
         (PREFILLED, "a", "a"),
     ],
 )
