@@ -190,18 +190,25 @@ async def test_without_the_remedy_partial_prefill_kills_the_engine(unmended: Eng
 
 
 @pytest.mark.slow
-async def test_without_a_pause_a_step_during_an_update_kills_the_engine(tied: Path) -> None:
-    engine = start(tied)
+async def test_without_a_pause_a_step_during_an_update_kills_the_engine(untied: Path) -> None:
+    """From the first weights that arrive until the last the model cannot run."""
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    from actors.vllm_engine.worker import shared_memory_update
+
+    bucket = rollouts.buckets(rollouts.network(untied), 1)[0][0]
+    engine, segment = start(untied), SharedSegment("test")
     try:
+        segment.write(bucket.payload)
         await engine.open({})
-        under_way = asyncio.create_task(answer(engine, [5] * 100, "under way", 1))
-        await asyncio.sleep(0.01)
         await engine._llm.start_weight_update()
+        info = shared_memory_update(bucket, segment.path)
+        await engine._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
         with pytest.raises(EngineDead):
-            await asyncio.wait_for(under_way, 30)
-            await answer(engine, [5] * 100, "later", 1)
+            await asyncio.wait_for(answer(engine, [5] * 100, "under way", 1), 30)
     finally:
         engine.shutdown()
+        segment.close()
 
 
 async def test_an_engine_without_a_model_says_so(tmp_path: Path) -> None:
