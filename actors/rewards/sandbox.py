@@ -23,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -105,7 +105,7 @@ class Sandbox:
         task = self._task(program, given, secret, may_exit=may_exit)
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
             try:
-                async with _printing() as (printed, end):
+                with _printing() as (printed, end):
                     process = await asyncio.create_subprocess_exec(
                         *self._words(),
                         stdin=PIPE,
@@ -185,18 +185,27 @@ class Sandbox:
         return json.dumps(task).encode()
 
 
-@asynccontextmanager
-async def _printing() -> AsyncIterator[tuple[asyncio.StreamReader, IO[bytes]]]:
+@contextmanager
+def _printing() -> Iterator[tuple[asyncio.StreamReader, IO[bytes]]]:
     """A pipe: what is written to it, and the end to write to. Nobody waits for those who have that end in their hands.
 
-    A process whose output is asyncio's own pipe counts as running until all have closed it.
+    A process whose output is asyncio's own pipe counts as running until all have closed it. And a transport that is
+    given a pipe closes it some time later: with uvloop, which Ray runs actors in, by a number that others have by then.
     """
+    loop, stream = asyncio.get_running_loop(), asyncio.StreamReader()
     reading, writing = os.pipe()
-    with open(reading, "rb", buffering=0) as near, open(writing, "wb", buffering=0) as far:
-        stream = asyncio.StreamReader()
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), near)
+
+    def arrived() -> None:
+        part = os.read(reading, 1 << 16)
+        if part:
+            stream.feed_data(part)
+        else:
+            loop.remove_reader(reading)
+            stream.feed_eof()
+
+    with open(reading, "rb", buffering=0), open(writing, "wb", buffering=0) as far:
+        loop.add_reader(reading, arrived)
         try:
             yield stream, far
         finally:
-            transport.close()
+            loop.remove_reader(reading)

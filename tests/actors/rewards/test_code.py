@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 import actors.rewards.sandbox as sandbox_module
 from actors.errors import RewardError
@@ -89,6 +90,22 @@ async def test_a_sandbox_that_does_not_start_is_a_failure(monkeypatch: pytest.Mo
     monkeypatch.setattr(asyncio, "create_subprocess_exec", none_left)
     (answer,) = await reward.score([fenced("x = 1", tests="assert x")])
     assert isinstance(answer, RewardFailure) and answer.reason is Reason.CRASHED and "unavailable" in answer.detail
+
+
+def test_programs_side_by_side_in_the_loop_of_an_actor(sandbox: Sandbox) -> None:
+    """Ray runs actors in uvloop, which closes what it is given by the number of its file."""
+    ends = {"print(1)": "ended", "exit()": "stopped", "while True: pass": "timed_out"}
+
+    async def outcomes() -> list[str]:
+        slots = asyncio.Semaphore(4)
+
+        async def outcome(program: str) -> str:
+            async with slots:
+                return (await sandbox.run(program)).outcome
+
+        return await asyncio.gather(*(outcome(program) for program in [*["print(1)", "exit()"] * 6, *ends] * 2))
+
+    assert uvloop.run(outcomes()) == [*["ended", "stopped"] * 6, *ends.values()] * 2
 
 
 def test_a_python_that_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
